@@ -1,0 +1,58 @@
+//! Loads from device memory that say how the data is used. On the CPU they are plain reads.
+//!
+//! A *streamed* load (`ld_stream_*`) is for data that no kernel writes while this one runs and that is read once,
+//! such as weights: it goes past the L1 cache. A *global* load (`ld_global_*`) is coherent: for what an earlier
+//! kernel or, after a barrier, another thread wrote.
+
+macro_rules! loads {
+    ($($name:ident, $ty:ty, $instruction:literal, [$($register:ident),*], $class:ident, $doc:literal;)*) => {$(
+        #[doc = $doc]
+        ///
+        /// # Safety
+        /// `pointer` is to readable device memory, aligned to the size of the value.
+        #[inline(always)]
+        pub unsafe fn $name(pointer: *const $ty) -> $ty {
+            cfg_select! {
+                target_arch = "nvptx64" => {
+                    $(let $register;)*
+                    // SAFETY: the caller vouches for the memory.
+                    unsafe {
+                        core::arch::asm!(
+                            $instruction,
+                            $($register = out($class) $register,)*
+                            pointer = in(reg64) pointer,
+                            options(pure, readonly, nostack, preserves_flags),
+                        );
+                    }
+                    loads!(@value $($register)*)
+                }
+                _ => {
+                    debug_assert!(pointer.addr().is_multiple_of(size_of::<$ty>()), "misaligned load");
+                    // SAFETY: the caller vouches for the memory.
+                    unsafe { pointer.read() }
+                }
+            }
+        }
+    )*};
+    (@value $register:ident) => { $register };
+    (@value $($register:ident)*) => { [$($register),*] };
+}
+
+loads! {
+    ld_stream_u32x4, [u32; 4],
+        "ld.global.nc.L1::no_allocate.v4.u32 {{{a}, {b}, {c}, {d}}}, [{pointer}];", [a, b, c, d], reg32,
+        "Streams 16 bytes.";
+    ld_stream_u32x2, [u32; 2],
+        "ld.global.nc.L1::no_allocate.v2.u32 {{{a}, {b}}}, [{pointer}];", [a, b], reg32,
+        "Streams 8 bytes.";
+    ld_stream_u32, u32, "ld.global.nc.L1::no_allocate.u32 {a}, [{pointer}];", [a], reg32, "Streams 4 bytes.";
+    ld_stream_u16, u16, "ld.global.nc.L1::no_allocate.u16 {a}, [{pointer}];", [a], reg16, "Streams 2 bytes.";
+    ld_global_u32x4, [u32; 4],
+        "ld.global.v4.u32 {{{a}, {b}, {c}, {d}}}, [{pointer}];", [a, b, c, d], reg32,
+        "Reads 16 bytes, coherently.";
+    ld_global_u32x2, [u32; 2],
+        "ld.global.v2.u32 {{{a}, {b}}}, [{pointer}];", [a, b], reg32,
+        "Reads 8 bytes, coherently.";
+    ld_global_u32, u32, "ld.global.u32 {a}, [{pointer}];", [a], reg32, "Reads 4 bytes, coherently.";
+    ld_global_u16, u16, "ld.global.u16 {a}, [{pointer}];", [a], reg16, "Reads 2 bytes, coherently.";
+}

@@ -1,0 +1,182 @@
+//! `host bench`: prefill and decode, timed apart.
+
+use std::io::{self, Write};
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use comfy_table::presets::NOTHING;
+use comfy_table::{CellAlignment, Table};
+use host::gguf::Gguf;
+use host::model::{Model, Session};
+use indicatif::ProgressBar;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use serde::Serialize;
+
+use super::args::{self, BenchArgs};
+use super::{load, print_json};
+
+/// Tokens that run before the clock does, at most.
+const WARM_UP: usize = 32;
+
+/// Everything that `--json` prints.
+#[derive(Serialize)]
+struct Report {
+    version: &'static str,
+    file: String,
+    model: Option<String>,
+    device: String,
+    activations: &'static str,
+    weight_bytes_per_token: u64,
+    results: Vec<Measurement>,
+}
+
+/// One kind of run, repeated.
+#[derive(Serialize)]
+struct Measurement {
+    test: &'static str,
+    tokens: usize,
+    /// Of each repetition, in tok/s.
+    runs: Vec<f64>,
+    mean: f64,
+    median: f64,
+    deviation: f64,
+    /// Weights read per second, in 10^9 bytes; only decode reads all of them for each token.
+    gb_per_s: Option<f64>,
+}
+
+pub(super) fn run(args: &BenchArgs) -> Result<()> {
+    let longest = args.prompt.max(args.n_predict);
+    ensure!(longest > 0, "there is nothing to time: -p and -n are both 0");
+    let gguf = Gguf::open(&args.model)?;
+    let model = load::model(&gguf, &args.run, &args.run.model_options(Some(longest)))?;
+    ensure!(
+        longest <= model.n_ctx(),
+        "{longest} tokens do not fit: the context has room for {} (--ctx)",
+        model.n_ctx()
+    );
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let n_vocab = model.config().n_vocab as u64;
+    let tokens: Vec<u32> = (0..longest).map(|_| (rng.next_u64() % n_vocab) as u32).collect();
+
+    let report = Report {
+        version: args::version(),
+        file: args.model.display().to_string(),
+        model: model.config().name.clone(),
+        device: model.device().describe(),
+        activations: args.run.activations.name(),
+        weight_bytes_per_token: model.weight_bytes_per_token(),
+        results: measure_all(args, &model, &tokens)?,
+    };
+    if args.json { print_json(&report) } else { Ok(print_table(&report)?) }
+}
+
+fn measure_all(args: &BenchArgs, model: &Model, tokens: &[u32]) -> Result<Vec<Measurement>> {
+    let mut session = model.session()?;
+    let mut results = Vec::new();
+    let mut measure = |test, n, run: fn(&mut Session, &[u32]) -> Result<()>| -> Result<()> {
+        if n == 0 {
+            return Ok(());
+        }
+        let bar = load::progress_bar("{msg} {bar:30} {pos} of {len}");
+        bar.set_message(test);
+        let runs = repeat(&mut session, &tokens[..n], args.repeat, &bar, run);
+        bar.finish_and_clear();
+        results.push(Measurement::new(test, n, runs?));
+        Ok(())
+    };
+    measure("prefill", args.prompt, prefill)?;
+    measure("decode", args.n_predict, decode)?;
+    for result in results.iter_mut().filter(|result| result.test == "decode") {
+        result.gb_per_s = Some(result.mean * model.weight_bytes_per_token() as f64 / 1e9);
+    }
+    Ok(results)
+}
+
+/// Runs the prompt and waits for its last logits.
+fn prefill(session: &mut Session, tokens: &[u32]) -> Result<()> {
+    session.feed(tokens)?;
+    session.greedy().map(drop)
+}
+
+/// Runs one token after the other and waits for each, as a generation does.
+fn decode(session: &mut Session, tokens: &[u32]) -> Result<()> {
+    for token in tokens {
+        session.feed(&[*token])?;
+        session.greedy()?;
+    }
+    Ok(())
+}
+
+/// Times `run` from an empty context, `n` times after a warm-up; in tok/s.
+fn repeat(
+    session: &mut Session,
+    tokens: &[u32],
+    n: u32,
+    bar: &ProgressBar,
+    run: fn(&mut Session, &[u32]) -> Result<()>,
+) -> Result<Vec<f64>> {
+    bar.set_length(n.into());
+    session.truncate(0);
+    run(session, &tokens[..tokens.len().min(WARM_UP)])?;
+    let time = |_| {
+        session.truncate(0);
+        let start = Instant::now();
+        run(session, tokens)?;
+        let seconds = start.elapsed().as_secs_f64();
+        bar.inc(1);
+        Ok(tokens.len() as f64 / seconds)
+    };
+    (0..n).map(time).collect()
+}
+
+impl Measurement {
+    fn new(test: &'static str, tokens: usize, runs: Vec<f64>) -> Self {
+        let mut sorted = runs.clone();
+        sorted.sort_by(f64::total_cmp);
+        let n = runs.len();
+        let median = (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0;
+        let mean = runs.iter().sum::<f64>() / n as f64;
+        let squares: f64 = runs.iter().map(|run| (run - mean).powi(2)).sum();
+        let deviation = (squares / (n - 1).max(1) as f64).sqrt();
+        Self { test, tokens, runs, mean, median, deviation, gb_per_s: None }
+    }
+}
+
+fn print_table(report: &Report) -> io::Result<()> {
+    let mut table = Table::new();
+    table.load_preset(NOTHING).set_header(["test", "tokens", "mean tok/s", "median", "deviation", "GB/s"]);
+    for result in &report.results {
+        table.add_row([
+            result.test.to_owned(),
+            result.tokens.to_string(),
+            format!("{:.2}", result.mean),
+            format!("{:.2}", result.median),
+            format!("{:.2}", result.deviation),
+            result.gb_per_s.map_or_else(String::new, |rate| format!("{rate:.2}")),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}, activations {}, host {}", report.file, report.activations, report.version)?;
+    writeln!(out, "{}", table.trim_fmt())?;
+    out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_match_the_textbook() {
+        let odd = Measurement::new("decode", 1, vec![2.0, 4.0, 9.0]);
+        assert_eq!((odd.mean, odd.median), (5.0, 4.0));
+        assert!((odd.deviation - 13f64.sqrt()).abs() < 1e-12);
+        let even = Measurement::new("decode", 1, vec![4.0, 1.0, 3.0, 2.0]);
+        assert_eq!((even.mean, even.median), (2.5, 2.5));
+        let single = Measurement::new("decode", 1, vec![7.0]);
+        assert_eq!((single.mean, single.median, single.deviation), (7.0, 7.0, 0.0));
+    }
+}

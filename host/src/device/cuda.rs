@@ -1,0 +1,223 @@
+//! An NVIDIA GPU as a device: `cust` loads the PTX and launches on one stream.
+
+use anyhow::{Context as _, Result, bail, ensure};
+use cuda_std::launch::{KernelInfo, LaunchConfig};
+use cust::context::{Context, CurrentContext};
+use cust::device::{Device, DeviceAttribute};
+use cust::error::{CudaError, CudaResult};
+use cust::function::Function;
+use cust::memory::{DevicePointer, cuda_free, cuda_malloc, mem_get_info};
+use cust::module::Module;
+use cust::stream::{Stream, StreamFlags};
+use cust::sys;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex};
+
+/// The kernels compiled for one GPU architecture.
+struct PtxImage {
+    /// The architecture's number: 90 for sm_90, which runs on compute capability 9.0 and later.
+    version: u32,
+    text: &'static str,
+}
+
+/// Written by the build script, oldest architecture first.
+const PTX_IMAGES: &[PtxImage] = &include!(concat!(env!("OUT_DIR"), "/ptx_images.rs"));
+
+/// The kernels' PTX: the architecture's number (90 for sm_90) and the text, oldest first.
+pub fn ptx_images() -> impl DoubleEndedIterator<Item = (u32, &'static str)> {
+    PTX_IMAGES.iter().map(|image| (image.version, image.text))
+}
+
+/// Resident blocks per multiprocessor that a streaming kernel of 128 threads can have at most.
+const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
+
+pub(super) struct CudaDevice {
+    context: Arc<Context>,
+    stream: Stream,
+    /// The kernels' functions, by [`KernelInfo::id`]; each is looked up once.
+    functions: Mutex<Vec<Option<Function<'static>>>>,
+    module: &'static Module,
+    name: String,
+    version: u32,
+    ptx_version: u32,
+    multiprocessors: u32,
+}
+
+// SAFETY: function handles belong to the module, which is never unloaded, and the driver may be called from any
+// thread that has made the context current, which `enter` does.
+unsafe impl Send for CudaDevice {}
+// SAFETY: as above; the table of functions is behind a mutex.
+unsafe impl Sync for CudaDevice {}
+
+impl CudaDevice {
+    pub(super) fn open() -> Result<Self> {
+        if let Some(error) = cuda_driver::load_error() {
+            bail!("the NVIDIA driver's library cannot be opened: {error}");
+        }
+        cust::init(cust::CudaFlags::empty()).context("the NVIDIA driver does not start")?;
+        let device = Device::get_device(0).context("the NVIDIA driver finds no GPU")?;
+        let name = device.name()?;
+        let attribute = |attribute| device.get_attribute(attribute).map(|value| value as u32);
+        let version = 10 * attribute(DeviceAttribute::ComputeCapabilityMajor)?
+            + attribute(DeviceAttribute::ComputeCapabilityMinor)?;
+        let image = PTX_IMAGES.iter().rev().find(|image| image.version <= version);
+        let image = image.with_context(|| {
+            let oldest = PTX_IMAGES[0].version;
+            format!(
+                "{name} has compute capability {}.{}, and Warpline needs {}.{} or later",
+                version / 10,
+                version % 10,
+                oldest / 10,
+                oldest % 10
+            )
+        })?;
+        let multiprocessors = attribute(DeviceAttribute::MultiprocessorCount)?;
+        let context = Arc::new(Context::new(device).with_context(|| format!("{name} cannot be used"))?);
+        let module = Module::from_ptx(image.text, &[]).with_context(|| {
+            format!("the driver does not accept the kernels (sm_{}) for {name}", image.version)
+        })?;
+        Ok(Self {
+            context,
+            stream: Stream::new(StreamFlags::DEFAULT, None)?,
+            functions: Mutex::new(Vec::new()),
+            // Kernels may be launched until the process ends; the driver frees the module with the context.
+            module: Box::leak(Box::new(module)),
+            name,
+            version,
+            ptx_version: image.version,
+            multiprocessors,
+        })
+    }
+
+    pub(super) fn describe(&self) -> String {
+        format!(
+            "{} (compute capability {}.{}, kernels for sm_{})",
+            self.name,
+            self.version / 10,
+            self.version % 10,
+            self.ptx_version
+        )
+    }
+
+    pub(super) fn saturating_blocks(&self) -> u32 {
+        BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors
+    }
+
+    /// Makes the GPU's context current in this thread.
+    fn enter(&self) -> CudaResult<()> {
+        CurrentContext::set_current(&*self.context)
+    }
+
+    pub(super) fn alloc(&self, bytes: usize) -> Result<CudaMemory> {
+        self.enter()?;
+        // SAFETY: bytes need no initial value to be valid.
+        match unsafe { cuda_malloc::<u8>(bytes.max(1)) } {
+            Ok(start) => Ok(CudaMemory { start, context: Arc::clone(&self.context) }),
+            Err(CudaError::OutOfMemory) => {
+                let (free, total) = mem_get_info()?;
+                let mb = |bytes: usize| bytes as f64 / 1e6;
+                bail!(
+                    "{} is out of memory: {:.1} MB needed for a buffer, {:.1} MB of {:.1} MB free",
+                    self.name,
+                    mb(bytes),
+                    mb(free),
+                    mb(total)
+                )
+            }
+            Err(error) => {
+                Err(error).with_context(|| format!("cannot allocate {bytes} bytes on {}", self.name))
+            }
+        }
+    }
+
+    pub(super) fn upload(&self, to: *mut u8, bytes: &[u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: `to` is a buffer of this length. From pageable memory the driver takes the bytes before it
+        // returns, so the slice need not outlive the call.
+        let code = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to as u64, bytes.as_ptr().cast(), bytes.len(), self.stream.as_inner())
+        };
+        check(code).context("a copy to the GPU failed")
+    }
+
+    pub(super) fn download(&self, from: *const u8, bytes: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: `from` is a buffer of this length, and the slice outlives the copy: it is waited for.
+        let code = unsafe {
+            sys::cuMemcpyDtoHAsync_v2(
+                bytes.as_mut_ptr().cast(),
+                from as u64,
+                bytes.len(),
+                self.stream.as_inner(),
+            )
+        };
+        check(code).context("a copy from the GPU failed")?;
+        self.synchronize()
+    }
+
+    pub(super) fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        self.stream.synchronize().context("a kernel failed on the GPU")
+    }
+
+    /// # Safety
+    /// The pointers are to arguments that keep the kernel's contract.
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: &KernelInfo,
+        config: LaunchConfig,
+        pointers: &[*mut c_void],
+    ) -> Result<()> {
+        self.enter()?;
+        let mut functions = self.functions.lock().expect("no thread panics while it holds the table");
+        let id = kernel.id();
+        if functions.len() <= id {
+            functions.resize_with(id + 1, || None);
+        }
+        let function = match &functions[id] {
+            Some(function) => function,
+            none => {
+                let function = self.module.get_function(kernel.name);
+                let function = function.with_context(|| format!("the PTX has no kernel {}", kernel.name))?;
+                debug_assert!(none.is_none());
+                functions[id].insert(function)
+            }
+        };
+        let ([gx, gy, gz], [bx, by, bz]) = (config.grid, config.block);
+        // SAFETY: the caller's promise; the pointers are to the values that the kernel's parameters take.
+        let result = unsafe {
+            self.stream.launch(function, (gx, gy, gz), (bx, by, bz), config.dynamic_shared_bytes, pointers)
+        };
+        result.with_context(|| {
+            format!("cannot launch {} on grid {:?}, block {:?}", kernel.name, config.grid, config.block)
+        })
+    }
+}
+
+/// A driver call's code as a result.
+fn check(code: sys::CUresult) -> Result<()> {
+    ensure!(code == sys::CUresult::CUDA_SUCCESS, "the driver says {code:?}");
+    Ok(())
+}
+
+/// Memory on the GPU.
+pub(super) struct CudaMemory {
+    start: DevicePointer<u8>,
+    context: Arc<Context>,
+}
+
+impl CudaMemory {
+    pub(super) fn address(&self) -> *mut u8 {
+        self.start.as_raw() as *mut u8
+    }
+}
+
+impl Drop for CudaMemory {
+    fn drop(&mut self) {
+        // Freeing waits for kernels that still use the memory. An error here means that the context is gone
+        // already, and the memory with it.
+        let _ = CurrentContext::set_current(&*self.context);
+        // SAFETY: allocated by `cuda_malloc`, freed once.
+        let _ = unsafe { cuda_free(self.start) };
+    }
+}

@@ -1,0 +1,184 @@
+//! Where kernels run: an NVIDIA GPU through `cust`, or the CPU through `cuda_std`'s emulator.
+//!
+//! Both run the same kernels with the same grids and the same arguments. Work is issued in order on one stream;
+//! only [`Device::download`] and [`Device::synchronize`] wait for it.
+
+mod buffer;
+mod cpu;
+mod cuda;
+
+pub use buffer::Buffer;
+pub use cuda::ptx_images;
+
+use anyhow::{Result, ensure};
+use buffer::Memory;
+use bytemuck::Pod;
+use cpu::CpuDevice;
+use cuda::CudaDevice;
+use cuda_std::launch::{Kernel, KernelArgs, LaunchConfig};
+use std::sync::Arc;
+
+/// Which device to open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The GPU where there is one, the CPU otherwise.
+    #[default]
+    Auto,
+    /// The GPU, or an error.
+    Cuda,
+    /// The CPU.
+    Cpu,
+}
+
+/// A device that kernels run on. Clones are handles to the same one.
+#[derive(Clone)]
+pub struct Device(Kind);
+
+#[derive(Clone)]
+enum Kind {
+    Cuda(Arc<CudaDevice>),
+    Cpu(Arc<CpuDevice>),
+}
+
+impl Device {
+    /// Opens a device: the first GPU, or the CPU.
+    ///
+    /// # Errors
+    /// With [`DeviceChoice::Cuda`] when there is no usable GPU: the message says what is missing. With
+    /// [`DeviceChoice::Auto`] that same reason becomes part of [`describe`](Self::describe).
+    pub fn open(choice: DeviceChoice) -> Result<Self> {
+        let cuda = || CudaDevice::open().map(|device| Self(Kind::Cuda(Arc::new(device))));
+        let cpu = |reason| Self(Kind::Cpu(Arc::new(CpuDevice::new(reason))));
+        match choice {
+            DeviceChoice::Cuda => cuda(),
+            DeviceChoice::Cpu => Ok(cpu(None)),
+            DeviceChoice::Auto => Ok(cuda().unwrap_or_else(|error| cpu(Some(format!("{error:#}"))))),
+        }
+    }
+
+    /// One line about the device; for the CPU also why no GPU is used, where one was wanted.
+    pub fn describe(&self) -> String {
+        match &self.0 {
+            Kind::Cuda(device) => device.describe(),
+            Kind::Cpu(device) => device.describe(),
+        }
+    }
+
+    /// Whether kernels run on a GPU.
+    pub fn is_cuda(&self) -> bool {
+        matches!(self.0, Kind::Cuda(_))
+    }
+
+    /// How many blocks keep the device busy: a kernel whose blocks work through many rows needs no more.
+    pub fn saturating_blocks(&self) -> u32 {
+        match &self.0 {
+            Kind::Cuda(device) => device.saturating_blocks(),
+            Kind::Cpu(device) => device.saturating_blocks(),
+        }
+    }
+
+    /// Room for `len` values, not written yet.
+    ///
+    /// # Errors
+    /// When the memory is not there: the message says how much was needed and how much was free.
+    pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let bytes = len.checked_mul(size_of::<T>());
+        let bytes =
+            bytes.ok_or_else(|| anyhow::anyhow!("a buffer of {len} values is too large to address"))?;
+        let memory = match &self.0 {
+            Kind::Cuda(device) => Memory::Cuda(device.alloc(bytes)?),
+            Kind::Cpu(device) => Memory::Cpu(device.alloc(bytes)?),
+        };
+        Ok(Buffer::new(memory, len))
+    }
+
+    /// A buffer that holds `values`.
+    ///
+    /// # Errors
+    /// As [`alloc`](Self::alloc).
+    pub fn alloc_from<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.alloc(values.len())?;
+        self.upload(&mut buffer, values)?;
+        Ok(buffer)
+    }
+
+    /// Copies `values` into the buffer, after all work issued so far and before all that follows.
+    ///
+    /// # Errors
+    /// When the lengths differ, or the copy fails.
+    pub fn upload<T: Pod>(&self, buffer: &mut Buffer<T>, values: &[T]) -> Result<()> {
+        ensure!(
+            buffer.len() == values.len(),
+            "an upload of {} values into a buffer of {}",
+            values.len(),
+            buffer.len()
+        );
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        match &self.0 {
+            Kind::Cuda(device) => device.upload(buffer.as_mut_ptr().cast(), bytes),
+            Kind::Cpu(device) => device.upload(buffer.as_mut_ptr().cast(), bytes),
+        }
+    }
+
+    /// Waits for all work issued so far and copies the buffer into `values`.
+    ///
+    /// # Errors
+    /// When the lengths differ, the copy fails, or a kernel before it failed.
+    pub fn download<T: Pod>(&self, buffer: &Buffer<T>, values: &mut [T]) -> Result<()> {
+        ensure!(
+            buffer.len() == values.len(),
+            "a download of {} values from a buffer of {}",
+            values.len(),
+            buffer.len()
+        );
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
+        match &self.0 {
+            Kind::Cuda(device) => device.download(buffer.as_ptr().cast(), bytes),
+            Kind::Cpu(device) => device.download(buffer.as_ptr().cast(), bytes),
+        }
+    }
+
+    /// [`download`](Self::download) into a new vector.
+    ///
+    /// # Errors
+    /// As [`download`](Self::download).
+    pub fn to_vec<T: Pod>(&self, buffer: &Buffer<T>) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); buffer.len()];
+        self.download(buffer, &mut values)?;
+        Ok(values)
+    }
+
+    /// Waits for all work issued so far.
+    ///
+    /// # Errors
+    /// When a kernel before it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        match &self.0 {
+            Kind::Cuda(device) => device.synchronize(),
+            Kind::Cpu(_) => Ok(()),
+        }
+    }
+
+    /// Issues a kernel. On a GPU this returns at once, and a failure inside it shows at the next wait.
+    ///
+    /// # Safety
+    /// The arguments must keep the contract in the kernel's documentation; every pointer must come from a buffer
+    /// of this device.
+    ///
+    /// # Errors
+    /// When the device refuses the launch; on the CPU also when the kernel panics.
+    pub unsafe fn launch<A: KernelArgs>(
+        &self,
+        kernel: &Kernel<A>,
+        config: LaunchConfig,
+        args: A,
+    ) -> Result<()> {
+        args.with_pointers(|pointers| match &self.0 {
+            // SAFETY: the pointers are to arguments of the types that the kernel declares, by the type `A`; what
+            // they hold is the caller's promise.
+            Kind::Cuda(device) => unsafe { device.launch(kernel.info(), config, pointers) },
+            // SAFETY: as above.
+            Kind::Cpu(device) => unsafe { device.launch(kernel.info(), config, pointers) },
+        })
+    }
+}

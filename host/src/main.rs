@@ -1,0 +1,3 @@
+//! Warpline's command line.
+
+fn main() {}

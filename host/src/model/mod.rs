@@ -1,0 +1,163 @@
+//! A model on a device: weights, KV cache, and the chain of operations that makes a token's logits.
+
+mod forward;
+mod session;
+mod trace;
+mod weights;
+
+pub use forward::{Buffers, FfnBuffers, ffn, layer};
+pub use session::Session;
+pub use trace::{Halt, Op, Point, Probe};
+pub use weights::{Layer, Linear, Weights};
+
+use crate::config::Config;
+use crate::device::Device;
+use crate::gguf::Gguf;
+use crate::ops::{AttentionShape, Rope};
+use anyhow::{Result, ensure};
+
+/// How activations meet the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// Quantized to Q8_1, integer products: fast.
+    #[default]
+    Q8_1,
+    /// In f32, weights dequantized: exact.
+    F32,
+}
+
+/// What a user may choose about a model.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ModelOptions {
+    /// How activations meet the weights.
+    pub activations: Activations,
+    /// Tokens that the KV cache has room for; by default what the model was trained for, at most
+    /// [`DEFAULT_N_CTX`].
+    pub n_ctx: Option<usize>,
+}
+
+/// Room in the KV cache where none is asked for: more costs memory whether it is used or not.
+pub const DEFAULT_N_CTX: usize = 4096;
+
+/// A model whose weights are on a device.
+pub struct Model {
+    device: Device,
+    config: Config,
+    settings: Settings,
+    n_ctx: usize,
+    weights: Weights,
+}
+
+/// The numbers that every layer's operations share.
+#[derive(Debug)]
+pub struct Settings {
+    /// How activations meet the weights.
+    pub activations: Activations,
+    /// What RMSNorm adds to the mean square.
+    pub rms_eps: f32,
+    /// Query heads and the factor of the scores.
+    pub attention: AttentionShape,
+    /// Length of a head.
+    pub head_dim: usize,
+    /// Key-value heads.
+    pub n_head_kv: usize,
+    /// How queries and keys are rotated.
+    pub rope: Rope,
+}
+
+impl Model {
+    /// Reads the configuration, checks every tensor, and uploads the weights.
+    ///
+    /// `progress` is called with the bytes uploaded so far and the bytes in all.
+    ///
+    /// # Errors
+    /// When the file is not a model that Warpline runs, `options` do not fit it, or the device has no room.
+    pub fn load(
+        device: Device,
+        gguf: &Gguf,
+        options: &ModelOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
+        let config = Config::from_gguf(gguf)?;
+        let n_ctx = options.n_ctx.unwrap_or(config.n_ctx_train.min(DEFAULT_N_CTX));
+        ensure!(n_ctx > 0, "a context of 0 tokens has no room for a prompt");
+        ensure!(
+            n_ctx <= config.n_ctx_train,
+            "{}: a context of {n_ctx} tokens is wanted, the model was trained for {}",
+            gguf.file().display(),
+            config.n_ctx_train
+        );
+        config.check_tensors(gguf)?;
+        let rope_factors = weights::rope_factors(gguf)?;
+        let frequencies = config.rope.frequencies(rope_factors.as_deref());
+        let settings = Settings {
+            activations: options.activations,
+            rms_eps: config.rms_eps,
+            attention: AttentionShape { n_head: config.n_head, scale: 1.0 / (config.head_dim as f32).sqrt() },
+            head_dim: config.head_dim,
+            n_head_kv: config.n_head_kv,
+            rope: Rope { frequencies: device.alloc_from(&frequencies)?, layout: config.rope.layout },
+        };
+        let weights = Weights::upload(&device, gguf, &config, progress)?;
+        Ok(Self { device, config, settings, n_ctx, weights })
+    }
+
+    /// The model's dimensions.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Tokens that a session has room for.
+    pub fn n_ctx(&self) -> usize {
+        self.n_ctx
+    }
+
+    /// The device that holds the weights.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The weights, layer by layer.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// What every layer's operations share.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Bytes of weights that one decode step reads: every matrix and norm once, of the embeddings one row.
+    pub fn weight_bytes_per_token(&self) -> u64 {
+        self.weights.bytes_per_token()
+    }
+
+    /// An empty conversation with the model: its own KV cache and scratch buffers.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn session(&self) -> Result<Session<'_>> {
+        Session::new(self)
+    }
+
+    /// The feed-forward network of layer `layer` on a hidden state in host memory: `W_down(silu(W_gate x) * W_up x)`.
+    ///
+    /// Allocates and waits on each call; [`ffn`] works on device buffers.
+    ///
+    /// # Errors
+    /// When there is no such layer, `x` has not `n_embd` values, or the device fails.
+    pub fn ffn_from_slice(&self, layer: usize, x: &[f32]) -> Result<Vec<f32>> {
+        ensure!(
+            x.len() == self.config.n_embd,
+            "the hidden state has {} values, not {}",
+            x.len(),
+            self.config.n_embd
+        );
+        let weights = self.weights.layer(layer)?;
+        let input = self.device.alloc_from(x)?;
+        let mut output = self.device.alloc_from(&vec![0.0f32; x.len()])?;
+        let mut buffers = FfnBuffers::alloc(&self.device, self.config.n_embd, self.config.n_ff)?;
+        ffn(&self.device, weights, self.settings.activations, &input, &mut output, &mut buffers)?;
+        self.device.to_vec(&output)
+    }
+}

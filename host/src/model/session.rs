@@ -1,0 +1,140 @@
+//! A conversation with a model: the KV cache and where it stands.
+
+use super::forward::{Buffers, forward};
+use super::trace::{Halt, Point, Probe};
+use super::{Model, weights};
+use crate::device::Buffer;
+use crate::ops::{self, KvLayer};
+use anyhow::{Context as _, Result, bail, ensure};
+use gpu_kernels::step::Step;
+
+/// Tokens in a KV cache, and the logits of the last one fed.
+pub struct Session<'m> {
+    model: &'m Model,
+    buffers: Buffers,
+    caches: Vec<KvLayer>,
+    /// Where the device leaves the most likely token.
+    next: Buffer<u32>,
+    /// Tokens in the cache.
+    position: usize,
+    /// Whether the logits are those of the last token in the cache.
+    has_logits: bool,
+}
+
+impl<'m> Session<'m> {
+    pub(super) fn new(model: &'m Model) -> Result<Self> {
+        let (device, config) = (&model.device, &model.config);
+        let cache = |_| KvLayer::alloc(device, config.n_head_kv, model.n_ctx, config.head_dim);
+        let caches = (0..config.n_layer).map(cache).collect::<Result<_>>();
+        let caches = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
+        Ok(Self {
+            model,
+            buffers: Buffers::alloc(device, config)?,
+            caches,
+            next: device.alloc_from(&[0u32])?,
+            position: 0,
+            has_logits: false,
+        })
+    }
+
+    /// Tokens in the KV cache.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Forgets all but the first `len` tokens; nothing happens when there are no more.
+    pub fn truncate(&mut self, len: usize) {
+        if len < self.position {
+            self.position = len;
+            self.has_logits = false;
+        }
+    }
+
+    /// Runs tokens, one after the other, each at the next position. The logits of the last one are left on the
+    /// device; nothing waits for them.
+    ///
+    /// # Errors
+    /// When a token is not in the vocabulary, the context has no room, or the device fails.
+    pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
+        self.check(tokens)?;
+        for (i, &token) in tokens.iter().enumerate() {
+            match self.run(token, i + 1 == tokens.len(), Probe::default()) {
+                Ok(()) => {}
+                Err(Halt::Error(error)) => return Err(error),
+                Err(Halt::At(_)) => unreachable!("no probe is set"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one token up to `point` and returns what that operation left in its buffer. The token does not count
+    /// as fed.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed); also when the model has no such layer.
+    pub fn run_until(&mut self, token: u32, point: Point) -> Result<Vec<f32>> {
+        self.check(&[token])?;
+        self.model.weights.layer(point.layer)?;
+        self.has_logits = false;
+        match self.run(token, true, Probe { stop: Some(point) }) {
+            Err(Halt::At(values)) => Ok(values),
+            Err(Halt::Error(error)) => Err(error),
+            Ok(()) => bail!(
+                "{point:?} is not a point of the forward pass: operations outside the layers count as layer 0"
+            ),
+        }
+    }
+
+    /// Waits for the logits of the last token fed and copies them into `logits`: `[n_vocab]`.
+    ///
+    /// # Errors
+    /// When no token was fed since the session began or was truncated, or the device failed.
+    pub fn logits(&mut self, logits: &mut Vec<f32>) -> Result<()> {
+        ensure!(self.has_logits, "there are no logits: no token was fed");
+        logits.resize(self.model.config.n_vocab, 0.0);
+        self.model.device.download(&self.buffers.logits, logits)
+    }
+
+    /// The most likely next token, found on the device. Waits for it.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits).
+    pub fn greedy(&mut self) -> Result<u32> {
+        ensure!(self.has_logits, "there are no logits: no token was fed");
+        ops::argmax(&self.model.device, &self.buffers.logits, &mut self.next)?;
+        let mut token = [0];
+        self.model.device.download(&self.next, &mut token)?;
+        Ok(token[0])
+    }
+
+    /// Whether `tokens` can be fed.
+    ///
+    /// # Errors
+    /// When one is not in the vocabulary, or the context has no room for all of them.
+    pub fn check(&self, tokens: &[u32]) -> Result<()> {
+        let (n_vocab, n_ctx) = (self.model.config.n_vocab, self.model.n_ctx);
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= n_vocab) {
+            bail!("token {token} is not in the vocabulary of {n_vocab} tokens");
+        }
+        ensure!(
+            tokens.len() <= n_ctx - self.position,
+            "{} tokens do not fit: the context has room for {n_ctx}, {} are in it",
+            tokens.len(),
+            self.position
+        );
+        Ok(())
+    }
+
+    /// One token at the next position.
+    fn run(&mut self, token: u32, with_logits: bool, probe: Probe) -> Result<(), Halt> {
+        let Model { device, settings, weights, .. } = self.model;
+        let weights: &weights::Weights = weights;
+        self.has_logits = false;
+        let step = Step { token, position: self.position as u32 };
+        device.upload(&mut self.buffers.step, &[step])?;
+        forward(device, weights, settings, &mut self.caches, &mut self.buffers, with_logits, probe)?;
+        self.position += 1;
+        self.has_logits = with_logits;
+        Ok(())
+    }
+}

@@ -1,0 +1,195 @@
+//! A model's weights, each resolved once into a device buffer.
+
+use crate::config::Config;
+use crate::device::{Buffer, Device};
+use crate::gguf::{GgmlType, Gguf, GgufError};
+use crate::ops::Matrix;
+use anyhow::{Context as _, Result, bail};
+use gpu_kernels::formats::Format;
+
+/// A matrix with its bias, where the model has one.
+#[derive(Debug)]
+pub struct Linear {
+    /// `[n_out, n_in]`.
+    pub weight: Matrix,
+    /// `[n_out]`.
+    pub bias: Option<Buffer<f32>>,
+}
+
+/// The weights of one layer.
+#[derive(Debug)]
+pub struct Layer {
+    /// `[n_embd]`.
+    pub attn_norm: Buffer<f32>,
+    /// `[n_head * head_dim, n_embd]`.
+    pub attn_q: Linear,
+    /// `[n_head_kv * head_dim, n_embd]`.
+    pub attn_k: Linear,
+    /// `[n_head_kv * head_dim, n_embd]`.
+    pub attn_v: Linear,
+    /// `[n_embd, n_head * head_dim]`.
+    pub attn_output: Matrix,
+    /// `[n_embd]`.
+    pub ffn_norm: Buffer<f32>,
+    /// `[n_ff, n_embd]`.
+    pub ffn_gate: Matrix,
+    /// `[n_ff, n_embd]`.
+    pub ffn_up: Matrix,
+    /// `[n_embd, n_ff]`.
+    pub ffn_down: Matrix,
+}
+
+/// All weights of a model.
+#[derive(Debug)]
+pub struct Weights {
+    /// `[n_vocab, n_embd]`.
+    pub token_embd: Matrix,
+    /// The layers, first to last.
+    pub layers: Vec<Layer>,
+    /// `[n_embd]`.
+    pub output_norm: Buffer<f32>,
+    /// `[n_vocab, n_embd]`, where it is not the embeddings themselves.
+    output: Option<Matrix>,
+}
+
+impl Weights {
+    /// Uploads every tensor that `config` asks for.
+    ///
+    /// # Errors
+    /// When a tensor is missing or does not fit, or the device has no room: the message names the tensor.
+    pub fn upload(
+        device: &Device,
+        gguf: &Gguf,
+        config: &Config,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
+        let total = gguf.tensors().map(|tensor| tensor.info.n_bytes as u64).sum();
+        let mut loader = Loader { device, gguf, progress, done: 0, total };
+        let output = match gguf.tensor_info("output.weight").is_some() {
+            true => Some(loader.matrix("output.weight")?),
+            false => None,
+        };
+        let weights = Self {
+            token_embd: loader.matrix("token_embd.weight")?,
+            layers: (0..config.n_layer).map(|i| loader.layer(i)).collect::<Result<_>>()?,
+            output_norm: loader.vector("output_norm.weight")?,
+            output,
+        };
+        device.synchronize()?;
+        Ok(weights)
+    }
+
+    /// The matrix that makes the logits: `[n_vocab, n_embd]`.
+    pub fn output(&self) -> &Matrix {
+        self.output.as_ref().unwrap_or(&self.token_embd)
+    }
+
+    /// Layer `index`, counted from 0.
+    ///
+    /// # Errors
+    /// When the model has no such layer.
+    pub fn layer(&self, index: usize) -> Result<&Layer> {
+        let n_layer = self.layers.len();
+        self.layers
+            .get(index)
+            .with_context(|| format!("the model has {n_layer} layers, there is no layer {index}"))
+    }
+
+    pub(super) fn bytes_per_token(&self) -> u64 {
+        let layers = self.layers.iter().map(Layer::n_bytes).sum::<usize>();
+        let embedding_row = self.token_embd.n_bytes() / self.token_embd.n_rows();
+        (layers + self.output_norm.n_bytes() + self.output().n_bytes() + embedding_row) as u64
+    }
+}
+
+impl Layer {
+    fn n_bytes(&self) -> usize {
+        let linears = [&self.attn_q, &self.attn_k, &self.attn_v];
+        let matrices = [&self.attn_output, &self.ffn_gate, &self.ffn_up, &self.ffn_down];
+        let bias = |linear: &&Linear| linear.bias.as_ref().map_or(0, Buffer::n_bytes);
+        self.attn_norm.n_bytes()
+            + self.ffn_norm.n_bytes()
+            + linears.iter().map(|linear| linear.weight.n_bytes() + bias(linear)).sum::<usize>()
+            + matrices.iter().map(|matrix| matrix.n_bytes()).sum::<usize>()
+    }
+}
+
+/// The factors that divide the rotation's frequencies, where the file has them (llama 3).
+pub(super) fn rope_factors(gguf: &Gguf) -> Result<Option<Vec<f32>>> {
+    let name = "rope_freqs.weight";
+    if gguf.tensor_info(name).is_none() {
+        return Ok(None);
+    }
+    Ok(Some(floats(gguf, name)?))
+}
+
+/// Uploads tensors by name and reports how far it is.
+struct Loader<'a> {
+    device: &'a Device,
+    gguf: &'a Gguf,
+    progress: &'a mut dyn FnMut(u64, u64),
+    done: u64,
+    total: u64,
+}
+
+impl Loader<'_> {
+    fn layer(&mut self, index: usize) -> Result<Layer> {
+        let name = |part: &str| format!("blk.{index}.{part}");
+        Ok(Layer {
+            attn_norm: self.vector(&name("attn_norm.weight"))?,
+            attn_q: self.linear(&name("attn_q"))?,
+            attn_k: self.linear(&name("attn_k"))?,
+            attn_v: self.linear(&name("attn_v"))?,
+            attn_output: self.matrix(&name("attn_output.weight"))?,
+            ffn_norm: self.vector(&name("ffn_norm.weight"))?,
+            ffn_gate: self.matrix(&name("ffn_gate.weight"))?,
+            ffn_up: self.matrix(&name("ffn_up.weight"))?,
+            ffn_down: self.matrix(&name("ffn_down.weight"))?,
+        })
+    }
+
+    fn linear(&mut self, name: &str) -> Result<Linear> {
+        let bias = format!("{name}.bias");
+        Ok(Linear {
+            weight: self.matrix(&format!("{name}.weight"))?,
+            bias: if self.gguf.tensor_info(&bias).is_some() { Some(self.vector(&bias)?) } else { None },
+        })
+    }
+
+    fn matrix(&mut self, name: &str) -> Result<Matrix> {
+        let tensor = self.gguf.tensor(name)?;
+        let [n_cols, n_rows] = tensor.info.shape[..] else {
+            bail!("tensor {name} has {} dimensions, a matrix has 2", tensor.info.shape.len())
+        };
+        let format = format_of(tensor.info.ggml_type);
+        let format =
+            format.with_context(|| format!("tensor {name}: no kernels for {}", tensor.info.ggml_type))?;
+        let matrix = Matrix::upload(self.device, format, n_rows, n_cols, tensor.data)
+            .with_context(|| format!("cannot load tensor {name}"))?;
+        self.advance(tensor.data.len());
+        Ok(matrix)
+    }
+
+    fn vector(&mut self, name: &str) -> Result<Buffer<f32>> {
+        let values = floats(self.gguf, name)?;
+        let buffer = self.device.alloc_from(&values).with_context(|| format!("cannot load tensor {name}"))?;
+        self.advance(buffer.n_bytes());
+        Ok(buffer)
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.done += bytes as u64;
+        (self.progress)(self.done, self.total);
+    }
+}
+
+/// An F32 tensor's values.
+fn floats(gguf: &Gguf, name: &str) -> Result<Vec<f32>, GgufError> {
+    let (chunks, _) = gguf.tensor(name)?.data.as_chunks::<4>();
+    Ok(chunks.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+}
+
+/// The kernels' format for a tensor type, by GGUF's name of both.
+pub(crate) fn format_of(ggml_type: GgmlType) -> Option<Format> {
+    Format::ALL.iter().copied().find(|format| format.name() == ggml_type.name())
+}

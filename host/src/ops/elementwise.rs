@@ -1,0 +1,98 @@
+//! Launchers of the vector operations.
+
+use super::{Matrix, Q8_1Vector, at_least, dim, launch_1d};
+use crate::device::{Buffer, Device};
+use anyhow::{Result, ensure};
+use gpu_kernels::activations::Q8_1_BLOCK;
+use gpu_kernels::formats::UNIT;
+use gpu_kernels::step::Step;
+use gpu_kernels::{
+    argmax as argmax_kernel, embed as embed_kernel, quantize, residual, rms_norm as rms_norm_kernel,
+    swiglu as swiglu_kernel,
+};
+
+/// `out = weights[step.token]`, `out` of `weights.n_cols()` values.
+///
+/// The token is in device memory: whoever writes it keeps it below `weights.n_rows()`.
+///
+/// # Errors
+/// When a buffer is too short or the launch fails.
+pub fn embed(device: &Device, weights: &Matrix, step: &Buffer<Step>, out: &mut Buffer<f32>) -> Result<()> {
+    at_least("embed", "step", step, 1)?;
+    at_least("embed", "out", out, weights.n_cols)?;
+    let config =
+        launch_1d(weights.n_cols.div_ceil(UNIT).div_ceil(embed_kernel::BLOCK_DIM), embed_kernel::BLOCK_DIM)?;
+    let kernel = embed_kernel::embed_kernel(weights.format);
+    let arguments = (weights.blocks.as_ptr(), step.as_ptr(), out.as_mut_ptr(), dim(weights.n_cols)?);
+    // SAFETY: the matrix is whole by construction, the lengths are checked, and the token is below n_rows.
+    unsafe { device.launch(kernel, config, arguments) }
+}
+
+/// `y[i] = x[i] * gamma[i] / sqrt(mean(x^2) + eps)` over `gamma.len()` values.
+///
+/// # Errors
+/// When a buffer is too short or the launch fails.
+pub fn rms_norm(
+    device: &Device,
+    x: &Buffer<f32>,
+    gamma: &Buffer<f32>,
+    eps: f32,
+    y: &mut Buffer<f32>,
+) -> Result<()> {
+    let n = gamma.len();
+    ensure!(n > 0, "rms_norm: gamma is empty");
+    at_least("rms_norm", "x", x, n)?;
+    at_least("rms_norm", "y", y, n)?;
+    let arguments = (x.as_ptr(), gamma.as_ptr(), y.as_mut_ptr(), dim(n)?, eps);
+    // SAFETY: the lengths are checked.
+    unsafe { device.launch(&rms_norm_kernel::RMS_NORM, launch_1d(1, rms_norm_kernel::BLOCK_DIM)?, arguments) }
+}
+
+/// Quantizes `out.len()` values to Q8_1.
+///
+/// # Errors
+/// When a buffer is too short or the launch fails.
+pub fn quantize_q8_1(device: &Device, x: &Buffer<f32>, out: &mut Q8_1Vector) -> Result<()> {
+    at_least("quantize_q8_1", "x", x, out.len)?;
+    at_least("quantize_q8_1", "quants", &out.quants, out.len.div_ceil(Q8_1_BLOCK) * Q8_1_BLOCK / 4)?;
+    at_least("quantize_q8_1", "scales", &out.scales, out.len.div_ceil(Q8_1_BLOCK))?;
+    let per_block = quantize::BLOCK_DIM * quantize::VALUES_PER_THREAD;
+    let config = launch_1d(out.len.div_ceil(per_block), quantize::BLOCK_DIM)?;
+    let arguments = (x.as_ptr(), out.quants.as_mut_ptr(), out.scales.as_mut_ptr(), dim(out.len)?);
+    // SAFETY: the lengths are checked.
+    unsafe { device.launch(&quantize::QUANTIZE_Q8_1, config, arguments) }
+}
+
+/// `x[i] += y[i]` over `y.len()` values.
+///
+/// # Errors
+/// When `x` is too short or the launch fails.
+pub fn residual_add(device: &Device, x: &mut Buffer<f32>, y: &Buffer<f32>) -> Result<()> {
+    at_least("residual_add", "x", x, y.len())?;
+    let config = launch_1d(y.len().div_ceil(residual::BLOCK_DIM), residual::BLOCK_DIM)?;
+    // SAFETY: the lengths are checked.
+    unsafe { device.launch(&residual::RESIDUAL_ADD, config, (x.as_mut_ptr(), y.as_ptr(), dim(y.len())?)) }
+}
+
+/// `gate[i] = silu(gate[i]) * up[i]` over `up.len()` values.
+///
+/// # Errors
+/// When `gate` is too short or the launch fails.
+pub fn swiglu(device: &Device, gate: &mut Buffer<f32>, up: &Buffer<f32>) -> Result<()> {
+    at_least("swiglu", "gate", gate, up.len())?;
+    let config = launch_1d(up.len().div_ceil(swiglu_kernel::BLOCK_DIM), swiglu_kernel::BLOCK_DIM)?;
+    // SAFETY: the lengths are checked.
+    unsafe { device.launch(&swiglu_kernel::SWIGLU, config, (gate.as_mut_ptr(), up.as_ptr(), dim(up.len())?)) }
+}
+
+/// The index of the largest value of `x`, the lowest one of equals, into `index[0]`.
+///
+/// # Errors
+/// When `x` is empty, `index` is, or the launch fails.
+pub fn argmax(device: &Device, x: &Buffer<f32>, index: &mut Buffer<u32>) -> Result<()> {
+    at_least("argmax", "x", x, 1)?;
+    at_least("argmax", "index", index, 1)?;
+    let arguments = (x.as_ptr(), index.as_mut_ptr(), dim(x.len())?);
+    // SAFETY: the lengths are checked.
+    unsafe { device.launch(&argmax_kernel::ARGMAX, launch_1d(1, argmax_kernel::BLOCK_DIM)?, arguments) }
+}

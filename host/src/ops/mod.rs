@@ -1,0 +1,40 @@
+//! One safe, typed function per kernel: it checks the shapes, chooses the grid and launches. Nothing else launches.
+//!
+//! Buffers may be longer than an operation needs; what lies beyond is not touched.
+
+mod attention;
+mod elementwise;
+mod gemv;
+mod types;
+
+pub use attention::{AttentionShape, attention, kv_append, rope};
+pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, swiglu};
+pub use gemv::{Output, gemv, gemv_swiglu};
+pub use types::{Input, KvLayer, Matrix, Q8_1Vector, Rope};
+
+use crate::device::Buffer;
+use anyhow::{Context as _, Result, ensure};
+use bytemuck::Pod;
+use cuda_std::launch::LaunchConfig;
+
+/// A one-dimensional launch.
+fn launch_1d(blocks: usize, threads: usize) -> Result<LaunchConfig> {
+    let blocks = u32::try_from(blocks).ok().filter(|&blocks| blocks <= i32::MAX as u32);
+    let blocks = blocks.context("a grid of more than 2,147,483,647 blocks")?;
+    Ok(LaunchConfig { grid: [blocks, 1, 1], block: [threads as u32, 1, 1], dynamic_shared_bytes: 0 })
+}
+
+/// A length as a kernel's `u32` parameter.
+fn dim(value: usize) -> Result<u32> {
+    u32::try_from(value).ok().with_context(|| format!("a dimension of {value} does not fit 32 bits"))
+}
+
+/// Refuses a buffer that is shorter than an operation needs.
+fn at_least<T: Pod>(operation: &str, name: &str, buffer: &Buffer<T>, needed: usize) -> Result<()> {
+    ensure!(
+        buffer.len() >= needed,
+        "{operation}: buffer {name} has {} values, {needed} are needed",
+        buffer.len()
+    );
+    Ok(())
+}

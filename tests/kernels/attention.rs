@@ -1,0 +1,140 @@
+//! Attention over the KV cache, and appending to it.
+
+use super::{Guarded, Random, assert_close, devices};
+use gpu_kernels::step::Step;
+use half::f16;
+use host::device::Device;
+use host::ops::{self, AttentionShape, KvLayer};
+
+/// Keys and values for `n_ctx` positions, of which the first `length` are real and the rest poisoned with NaN.
+struct Cache {
+    layer: KvLayer,
+    /// `[n_head_kv, n_ctx, head_dim]`
+    k: Vec<f16>,
+    v: Vec<f16>,
+}
+
+fn cache(device: &Device, n_head_kv: usize, n_ctx: usize, head_dim: usize, length: usize, random: &mut Random) -> Cache {
+    let mut fill = || -> Vec<f16> {
+        (0..n_head_kv * n_ctx * head_dim)
+            .map(|i| match i / head_dim % n_ctx < length {
+                true => f16::from_f32(2.0 * random.symmetric()),
+                false => f16::NAN,
+            })
+            .collect()
+    };
+    let (k, v) = (fill(), fill());
+    let mut layer = KvLayer::alloc(device, n_head_kv, n_ctx, head_dim).unwrap();
+    device.upload(&mut layer.k, &k).unwrap();
+    device.upload(&mut layer.v, &v).unwrap();
+    Cache { layer, k, v }
+}
+
+/// Attention in f64, one head after the other.
+fn reference(q: &[f32], cache: &Cache, n_head: usize, heads_per_kv: usize, head_dim: usize, n_ctx: usize, length: usize, scale: f64) -> Vec<f64> {
+    let mut out = Vec::new();
+    for head in 0..n_head {
+        let offset = head / heads_per_kv * n_ctx * head_dim;
+        let row = |values: &[f16], p: usize, d: usize| values[offset + p * head_dim + d].to_f64();
+        let scores: Vec<f64> = (0..length)
+            .map(|p| scale * (0..head_dim).map(|d| f64::from(q[head * head_dim + d]) * row(&cache.k, p, d)).sum::<f64>())
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        out.extend((0..head_dim).map(|d| (0..length).map(|p| weights[p] * row(&cache.v, p, d)).sum::<f64>() / total));
+    }
+    out
+}
+
+#[test]
+fn attention_matches_f64() {
+    const LENGTHS: [usize; 12] = [1, 2, 31, 32, 33, 63, 255, 256, 257, 511, 600, 1031];
+    for device in devices() {
+        for (n_head, n_head_kv, head_dim) in
+            [(1, 1, 32), (9, 3, 64), (4, 4, 80 + 16), (12, 2, 128), (3, 1, 160), (2, 1, 224), (2, 2, 256)]
+        {
+            for length in LENGTHS {
+                let n_ctx = length + length % 5;
+                let mut random = Random::new((length * 1000 + head_dim) as u64);
+                let cache = cache(device, n_head_kv, n_ctx, head_dim, length, &mut random);
+                // Queries large enough for a peaked softmax, which an unstable one gets wrong.
+                let q: Vec<f32> = random.vector(n_head * head_dim).into_iter().map(|v| 6.0 * v).collect();
+                let scale = 1.0 / (head_dim as f32).sqrt();
+                let expected =
+                    reference(&q, &cache, n_head, n_head / n_head_kv, head_dim, n_ctx, length, scale.into());
+
+                let what = format!("{n_head}:{n_head_kv} heads of {head_dim}, {length} positions, {}", device.describe());
+                let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
+                let q = device.alloc_from(&q).unwrap();
+                let mut out = Guarded::new(device, n_head * head_dim);
+                let shape = AttentionShape { n_head, scale };
+                ops::attention(device, &q, &cache.layer, &step, shape, &mut out.buffer).unwrap();
+                assert_close(&out.finish(device, &what), &expected, 2e-5, 0.5, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_far_apart_do_not_overflow() {
+    for device in devices() {
+        let (head_dim, length) = (64, 100);
+        let mut random = Random::new(1);
+        let cache = cache(device, 1, length, head_dim, length, &mut random);
+        for magnitude in [0.0f32, 1e3, 1e4] {
+            let q: Vec<f32> = random.vector(head_dim).into_iter().map(|v| magnitude * v).collect();
+            let expected = reference(&q, &cache, 1, 1, head_dim, length, length, 1.0);
+            let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
+            let q = device.alloc_from(&q).unwrap();
+            let mut out = Guarded::new(device, head_dim);
+            let shape = AttentionShape { n_head: 1, scale: 1.0 };
+            ops::attention(device, &q, &cache.layer, &step, shape, &mut out.buffer).unwrap();
+            // A score's rounding error, 1e-7 of up to 1e6, moves its weight by as many per cent.
+            let what = format!("magnitude {magnitude}");
+            assert_close(&out.finish(device, &what), &expected, 0.1, 1.0, &what);
+        }
+    }
+}
+
+#[test]
+fn kv_append_writes_one_position_of_every_head() {
+    for device in devices() {
+        for (n_head_kv, n_ctx, head_dim) in [(1, 1, 32), (3, 17, 64), (2, 5, 128), (1, 3, 256)] {
+            for position in [0, n_ctx / 2, n_ctx - 1] {
+                let mut random = Random::new((n_ctx + position) as u64);
+                let mut cache = cache(device, n_head_kv, n_ctx, head_dim, n_ctx, &mut random);
+                let (k, v) = (random.vector(n_head_kv * head_dim), random.vector(n_head_kv * head_dim));
+                let step = device.alloc_from(&[Step { token: 0, position: position as u32 }]).unwrap();
+                let (k_new, v_new) = (device.alloc_from(&k).unwrap(), device.alloc_from(&v).unwrap());
+                ops::kv_append(device, &k_new, &v_new, &mut cache.layer, &step).unwrap();
+
+                let check = |found: Vec<f16>, before: &[f16], new: &[f32]| {
+                    for (i, value) in found.into_iter().enumerate() {
+                        let (head, p, d) = (i / head_dim / n_ctx, i / head_dim % n_ctx, i % head_dim);
+                        let expected =
+                            if p == position { f16::from_f32(new[head * head_dim + d]) } else { before[i] };
+                        assert_eq!(value, expected, "head {head}, position {p}, dimension {d}");
+                    }
+                };
+                check(device.to_vec(&cache.layer.k).unwrap(), &cache.k, &k);
+                check(device.to_vec(&cache.layer.v).unwrap(), &cache.v, &v);
+            }
+        }
+    }
+}
+
+#[test]
+fn head_sizes_that_kernels_cannot_take_are_refused() {
+    let device = &devices()[0];
+    for head_dim in [0, 16, 80, 288] {
+        let error = KvLayer::alloc(device, 1, 4, head_dim).unwrap_err().to_string();
+        assert!(error.contains(&format!("found {head_dim}")), "{error}");
+    }
+    let layer = KvLayer::alloc(device, 2, 4, 32).unwrap();
+    let step = device.alloc_from(&[Step::default()]).unwrap();
+    let (q, mut out) = (device.alloc_from(&[0.0f32; 96]).unwrap(), device.alloc_from(&[0.0f32; 96]).unwrap());
+    let shape = AttentionShape { n_head: 3, scale: 1.0 };
+    let error = ops::attention(device, &q, &layer, &step, shape, &mut out).unwrap_err().to_string();
+    assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
+}

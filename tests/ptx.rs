@@ -1,0 +1,89 @@
+//! The compiled kernels: they assemble for every architecture, spill nothing where it counts, and use dp4a.
+
+use host::device::ptx_images;
+use std::path::PathBuf;
+use std::process::Command;
+
+/// Architectures that people have, and of which each is served by the newest PTX it is not older than.
+const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
+
+/// `make test` says where ptxas is; a CUDA toolkit has it on the PATH.
+fn ptxas() -> PathBuf {
+    std::env::var_os("WARPLINE_PTXAS").map_or_else(|| PathBuf::from("ptxas"), PathBuf::from)
+}
+
+/// What `ptxas -v` says of one kernel.
+#[derive(Debug)]
+struct Usage {
+    kernel: String,
+    registers: u32,
+    spilled_bytes: u32,
+    stack_bytes: u32,
+}
+
+fn assemble(architecture: u32, text: &str) -> Vec<Usage> {
+    let folder = std::env::temp_dir().join(format!("warpline-ptx-{}-{architecture}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let input = folder.join("kernels.ptx");
+    std::fs::write(&input, text).unwrap();
+    let output = Command::new(ptxas())
+        .args(["-v", &format!("-arch=sm_{architecture}"), "-o"])
+        .arg(folder.join("kernels.cubin"))
+        .arg(&input)
+        .output()
+        .unwrap_or_else(|error| panic!("{} does not run ({error}): scripts/fetch-ptxas brings it", ptxas().display()));
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(output.status.success(), "ptxas refuses the kernels for sm_{architecture}:\n{log}");
+
+    let number_before = |line: &str, unit: &str| -> u32 {
+        let head = line.split(unit).next().unwrap_or_default().trim_end();
+        head.rsplit([' ', ',']).next().unwrap_or_default().parse().unwrap_or_else(|_| panic!("no number in {line:?}"))
+    };
+    let mut usages: Vec<Usage> = Vec::new();
+    for line in log.lines() {
+        if let Some(rest) = line.split("Compiling entry function '").nth(1) {
+            let kernel = rest.split('\'').next().unwrap().to_owned();
+            usages.push(Usage { kernel, registers: 0, spilled_bytes: 0, stack_bytes: 0 });
+        } else if line.contains("bytes stack frame") {
+            let usage = usages.last_mut().unwrap();
+            usage.stack_bytes = number_before(line, " bytes stack frame");
+            usage.spilled_bytes = number_before(line, " bytes spill stores");
+        } else if line.contains("Used ") {
+            usages.last_mut().unwrap().registers = number_before(line, " registers");
+        }
+    }
+    usages
+}
+
+#[test]
+fn kernels_assemble_without_spills() {
+    for architecture in ARCHITECTURES {
+        let image = ptx_images().rev().find(|(version, _)| *version <= architecture).unwrap();
+        let usages = assemble(architecture, image.1);
+        assert_eq!(usages.len(), image.1.matches(".visible .entry").count());
+        for prefix in ["gemv", "attention", "rms_norm"] {
+            let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
+            assert!(!hot.is_empty(), "no kernel is called {prefix}...");
+            let most = hot.iter().max_by_key(|usage| usage.registers).unwrap();
+            println!("sm_{architecture}: {} {prefix} kernels, at most {} registers", hot.len(), most.registers);
+            for usage in hot {
+                assert_eq!((usage.spilled_bytes, usage.stack_bytes), (0, 0), "sm_{architecture}: {usage:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn integer_kernels_use_dp4a() {
+    for (version, text) in ptx_images() {
+        for format in ["q8_0", "q4_1", "q4_k", "q6_k"] {
+            let name = format!(".entry gemv_q8_1_{format}(");
+            let body = text.split(&name).nth(1).unwrap_or_else(|| panic!("no kernel gemv_q8_1_{format}"));
+            let body = body.split(".visible .entry").next().unwrap();
+            let count = body.matches("dp4a.s32.s32").count();
+            assert!(count >= 8, "sm_{version}: gemv_q8_1_{format} has {count} dp4a instructions");
+            assert!(!body.contains(".local"), "sm_{version}: gemv_q8_1_{format} uses local memory");
+        }
+    }
+}
