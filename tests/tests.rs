@@ -4,10 +4,14 @@
 //! next to this one and a `mod` line here, in alphabetical order. A test of something private stays in its own
 //! source file, under `#[cfg(test)]`. Tests build the files they need (`tiny_model`), so that they run anywhere.
 
+mod cli;
 mod config;
 mod gguf;
 mod golden;
 mod inspect;
 mod kernels;
+mod model_files;
 mod ptx;
 mod tiny_model;
+mod tiny_vocabulary;
+mod tokenizer;

@@ -1,3 +1,7 @@
-//! Warpline's command line.
+//! Warpline's command line: `host model.gguf`.
 
-fn main() {}
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -121,6 +121,7 @@ impl Thread {
     }
 
     /// Waits until someone has made the thread ready.
+    #[inline(always)]
     pub(super) fn wait(&self) {
         // SAFETY: the fiber's own, set when the thread started on it.
         unsafe { (*self.yielder.get()).suspend(()) };
@@ -131,6 +132,7 @@ impl Thread {
     }
 
     /// Waits for all threads of the block that have not returned.
+    #[inline(always)]
     pub(crate) fn sync_threads(&self) {
         let (block, warp) = (self.block(), self.warp());
         if block.at_barrier.get() + 1 == block.running.get() {
@@ -143,6 +145,7 @@ impl Thread {
     }
 
     /// Lets the other threads run.
+    #[inline(always)]
     pub(crate) fn spin(&self) {
         let (block, warp) = (self.block(), self.warp());
         block.spins.set(block.spins.get() + 1);
@@ -361,21 +364,27 @@ impl Block {
 
     /// Ends the block because none of its threads can run: says who waits where.
     pub(super) fn fail_stuck(&self) {
+        let index = |warp: usize, lanes: u32| self.thread(warp, lanes.trailing_zeros()).index.get();
+        let threads = |count: u32, first: [u32; 3]| match count {
+            1 => format!("thread {first:?} waits"),
+            _ => format!("{count} threads from {first:?} on wait"),
+        };
         let mut first = None;
         let mut places = Vec::new();
-        let mut note = |warp: usize, lanes: u32, place: String| {
-            let thread = self.thread(warp, lanes.trailing_zeros()).index.get();
-            first.get_or_insert(thread);
-            places.push(format!("{} thread(s) from {thread:?} on wait {place}", lanes.count_ones()));
-        };
+        let mut at_barrier = None;
         for (w, warp) in self.warps().iter().enumerate() {
             for (arrived, missing, what) in warp.meetings.describe(warp.returned.get()) {
-                let missing = self.thread(w, missing.trailing_zeros()).index.get();
-                note(w, arrived, format!("in {what} for thread {missing:?}"));
+                let waits = threads(arrived.count_ones(), index(w, arrived));
+                places.push(format!("{waits} in {what} for thread {:?}", index(w, missing)));
+                first.get_or_insert(index(w, arrived));
             }
             if warp.at_barrier.get() != 0 {
-                note(w, warp.at_barrier.get(), "at sync_threads".to_owned());
+                at_barrier.get_or_insert(index(w, warp.at_barrier.get()));
             }
+        }
+        if let Some(thread) = at_barrier {
+            places.push(format!("{} at sync_threads", threads(self.at_barrier.get(), thread)));
+            first.get_or_insert(thread);
         }
         const SHOWN: usize = 4;
         let more = places.len().saturating_sub(SHOWN);

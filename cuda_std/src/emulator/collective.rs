@@ -50,8 +50,7 @@ impl<T: Copy> Lanes<'_, T> {
 }
 
 /// Meets the other lanes of `mask` in `C`. All must give the same `parameter`.
-#[inline]
-#[track_caller]
+#[inline(always)]
 pub(crate) fn collective<C: Collective>(mask: u32, parameter: u32, operand: C::Operand) -> C::Operand {
     fn compute<C: Collective>(slots: &Slots, present: u32, parameter: u32) {
         C::compute(&Lanes { slots, present, operands: PhantomData }, parameter);
@@ -138,6 +137,7 @@ impl Meetings {
 }
 
 /// Brings one lane to a collective: returns when its result is in `slot`.
+#[inline(always)]
 fn meet(thread: &Thread, operation: Operation, mask: u32, slot: *mut ()) {
     let (warp, bit) = (thread.warp(), 1 << thread.lane());
     if mask & bit == 0 {

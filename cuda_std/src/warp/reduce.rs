@@ -13,9 +13,9 @@ use crate::emulator::{Collective, Lanes, collective};
 #[cfg(target_arch = "nvptx64")]
 pub trait Reduce: Copy + Shuffle {
     /// The sum, wrapping around for integers.
-    fn add(self, other: Self) -> Self;
+    fn reduce_add(self, other: Self) -> Self;
     /// The larger one; a NaN loses against a number.
-    fn max(self, other: Self) -> Self;
+    fn reduce_max(self, other: Self) -> Self;
 }
 
 /// A value that a warp can reduce.
@@ -29,9 +29,9 @@ pub trait Reduce: Copy + 'static {
     #[doc(hidden)]
     const MAX: &'static str;
     /// The sum, wrapping around for integers.
-    fn add(self, other: Self) -> Self;
+    fn reduce_add(self, other: Self) -> Self;
     /// The larger one; a NaN loses against a number.
-    fn max(self, other: Self) -> Self;
+    fn reduce_max(self, other: Self) -> Self;
 }
 
 macro_rules! reduce {
@@ -45,12 +45,12 @@ macro_rules! reduce {
             const MAX: &'static str = concat!("warp_reduce_max of ", stringify!($ty));
 
             #[inline(always)]
-            fn add(self, other: Self) -> Self {
+            fn reduce_add(self, other: Self) -> Self {
                 $add(self, other)
             }
 
             #[inline(always)]
-            fn max(self, other: Self) -> Self {
+            fn reduce_max(self, other: Self) -> Self {
                 reduce!(@max $ty, self, other)
             }
         }
@@ -71,7 +71,7 @@ reduce! {
 pub fn warp_reduce_add<T: Reduce>(mask: u32, value: T, width: u32) -> T {
     check_width(width);
     cfg_select! {
-        target_arch = "nvptx64" => butterfly(mask, value, width, T::add),
+        target_arch = "nvptx64" => butterfly(mask, value, width, T::reduce_add),
         _ => collective::<Sum<T>>(mask, width, value),
     }
 }
@@ -82,7 +82,7 @@ pub fn warp_reduce_add<T: Reduce>(mask: u32, value: T, width: u32) -> T {
 pub fn warp_reduce_max<T: Reduce>(mask: u32, value: T, width: u32) -> T {
     check_width(width);
     cfg_select! {
-        target_arch = "nvptx64" => butterfly(mask, value, width, T::max),
+        target_arch = "nvptx64" => butterfly(mask, value, width, T::reduce_max),
         _ => collective::<Maximum<T>>(mask, width, value),
     }
 }
@@ -136,7 +136,7 @@ mod emulated {
 
         fn compute(lanes: &Lanes<T>, width: u32) {
             let mut values = gather(lanes);
-            fold(&mut values, width, T::add);
+            fold(&mut values, width, T::reduce_add);
             scatter(lanes, &values, width);
         }
     }
@@ -147,7 +147,7 @@ mod emulated {
 
         fn compute(lanes: &Lanes<T>, width: u32) {
             let mut values = gather(lanes);
-            fold(&mut values, width, T::max);
+            fold(&mut values, width, T::reduce_max);
             scatter(lanes, &values, width);
         }
     }

@@ -1,0 +1,84 @@
+//! What the emulator's primitives cost. `cargo test --release -p cuda_std speed -- --ignored --nocapture` prints it.
+
+use crate::launch;
+use cuda_std::kernel;
+use cuda_std::launch::{Kernel, KernelArgs};
+use cuda_std::thread::{sync_threads, thread_idx_x};
+use cuda_std::warp::{FULL_MASK, sync_warp, warp_reduce_add, warp_reduce_add_n};
+use std::time::Instant;
+
+const ROUNDS: u32 = 10_000;
+
+/// Nothing but starting and returning.
+#[kernel]
+pub unsafe fn trivial(out: *mut u32) {
+    // SAFETY: one element per thread of a block.
+    unsafe { *out.add(thread_idx_x() as usize) = 1 };
+}
+
+/// One reduction after the other.
+#[kernel]
+pub unsafe fn reduce(out: *mut f32) {
+    let mut sum = 1.0;
+    for _ in 0..ROUNDS {
+        sum = warp_reduce_add(FULL_MASK, sum, 32) * (1.0 / 32.0);
+    }
+    // SAFETY: one element per thread of a block.
+    unsafe { *out.add(thread_idx_x() as usize) = sum };
+}
+
+/// One reduction of four values after the other.
+#[kernel]
+pub unsafe fn reduce_4(out: *mut f32) {
+    let mut sums = [1.0; 4];
+    for _ in 0..ROUNDS {
+        sums = warp_reduce_add_n(FULL_MASK, sums, 32).map(|sum| sum * (1.0 / 32.0));
+    }
+    // SAFETY: one element per thread of a block.
+    unsafe { *out.add(thread_idx_x() as usize) = sums[0] };
+}
+
+/// One warp barrier after the other.
+#[kernel]
+pub unsafe fn warp_barriers() {
+    for _ in 0..ROUNDS {
+        sync_warp(FULL_MASK);
+    }
+}
+
+/// One barrier after the other.
+#[kernel]
+pub unsafe fn barriers() {
+    for _ in 0..ROUNDS {
+        sync_threads();
+    }
+}
+
+/// Nanoseconds per `n`, the best of a few.
+fn time<A: KernelArgs>(what: &str, kernel: &Kernel<A>, grid: u32, block: u32, args: A, n: u32) -> f64 {
+    let run = || {
+        let start = Instant::now();
+        launch(kernel, grid, block, args);
+        start.elapsed().as_secs_f64() * 1e9 / f64::from(n)
+    };
+    let best = (0..5).map(|_| run()).fold(f64::INFINITY, f64::min);
+    println!("{what}: {best:.0} ns");
+    best
+}
+
+#[test]
+#[ignore = "a measurement, for a release build on an idle machine"]
+fn speed_of_the_primitives() {
+    let mut words = vec![0u32; 1024];
+    let mut floats = vec![0f32; 1024];
+    let (words, floats) = (words.as_mut_ptr(), floats.as_mut_ptr());
+    let collective = time("warp_reduce_add, 32 lanes", &REDUCE, 1, 32, (floats,), ROUNDS);
+    time("warp_reduce_add_n of 4, 32 lanes", &REDUCE_4, 1, 32, (floats,), ROUNDS);
+    time("sync_warp, 32 lanes", &WARP_BARRIERS, 1, 32, (), ROUNDS);
+    time("sync_threads, 256 threads", &BARRIERS, 1, 256, (), ROUNDS);
+    time("sync_threads, 1024 threads", &BARRIERS, 1, 1024, (), ROUNDS);
+    time("a launch of 1 block of 32 trivial threads", &TRIVIAL, 1, 32, (words,), 1);
+    let start = time("32 trivial threads, of 100,000 blocks on all cores", &TRIVIAL, 100_000, 32, (words,), 100_000);
+    time("256 trivial threads, of 10,000 blocks on all cores", &TRIVIAL, 10_000, 256, (words,), 10_000);
+    assert!(collective <= 500.0 && start <= 1500.0, "slower than the emulator is meant to be");
+}
