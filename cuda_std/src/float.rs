@@ -289,7 +289,10 @@ mod tests {
         assert_eq!(round_ties_even(-0.25).to_bits(), (-0.0f32).to_bits());
         assert_eq!([round_ties_even(0.5), round_ties_even(1.5), round_ties_even(-2.5)], [0.0, 2.0, -2.0]);
         assert_eq!([floor(-0.5), floor(2.5), floor(1e30)], [-1.0, 2.0, 1e30]);
-        assert_eq!([min(1.0, f32::NAN), max(f32::NAN, 1.0), min(2.0, 1.0), max(2.0, 1.0)], [1.0, 1.0, 1.0, 2.0]);
+        assert_eq!(
+            [min(1.0, f32::NAN), max(f32::NAN, 1.0), min(2.0, 1.0), max(2.0, 1.0)],
+            [1.0, 1.0, 1.0, 2.0]
+        );
         assert_eq!([abs(-1.5), abs(f32::NEG_INFINITY), mul_add(2.0, 3.0, 4.0)], [1.5, f32::INFINITY, 10.0]);
     }
 }

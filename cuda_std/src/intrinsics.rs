@@ -9,6 +9,7 @@ pub fn dp4a(a: i32, b: i32, c: i32) -> i32 {
     cfg_select! {
         // SAFETY: arithmetic alone.
         target_arch = "nvptx64" => unsafe { device::dp4a(a, b, c) },
+        target_arch = "x86_64" => c.wrapping_add(sse2::dp4a(a, b)),
         _ => c.wrapping_add(portable_dp4a(a, b)),
     }
 }
@@ -31,7 +32,7 @@ pub fn dp4a_sum<const N: usize>(a: [i32; N], b: [i32; N]) -> i32 {
     }
 }
 
-#[cfg(not(target_arch = "nvptx64"))]
+#[cfg(any(test, not(any(target_arch = "nvptx64", target_arch = "x86_64"))))]
 #[inline(always)]
 fn portable_dp4a(a: i32, b: i32) -> i32 {
     let (a, b) = (a.to_le_bytes(), b.to_le_bytes());
@@ -47,6 +48,20 @@ mod sse2 {
     use core::arch::x86_64::*;
 
     #[inline(always)]
+    pub(super) fn dp4a(a: i32, b: i32) -> i32 {
+        // SAFETY: SSE2 is part of x86-64.
+        unsafe {
+            let (x, y) = (_mm_cvtsi32_si128(a), _mm_cvtsi32_si128(b));
+            // Each byte goes to the upper half of a 16-bit lane, whose arithmetic shift then extends its sign.
+            let sums = _mm_madd_epi16(
+                _mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8),
+                _mm_srai_epi16(_mm_unpacklo_epi8(y, y), 8),
+            );
+            _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32(sums, 1)))
+        }
+    }
+
+    #[inline(always)]
     pub(super) fn dp4a_sum<const N: usize>(a: [i32; N], b: [i32; N]) -> i32 {
         let mut i = 0;
         let mut sum = 0i32;
@@ -56,7 +71,7 @@ mod sse2 {
             while i + 4 <= N {
                 let x = _mm_loadu_si128(a.as_ptr().add(i).cast());
                 let y = _mm_loadu_si128(b.as_ptr().add(i).cast());
-                // Each byte goes to the upper half of a 16-bit lane, whose arithmetic shift then extends its sign.
+                // As above, eight bytes at a time.
                 let low = _mm_madd_epi16(
                     _mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8),
                     _mm_srai_epi16(_mm_unpacklo_epi8(y, y), 8),
@@ -75,7 +90,7 @@ mod sse2 {
             }
         }
         while i < N {
-            sum = sum.wrapping_add(super::portable_dp4a(a[i], b[i]));
+            sum = sum.wrapping_add(dp4a(a[i], b[i]));
             i += 1;
         }
         sum
@@ -111,8 +126,10 @@ mod tests {
                 state = state.wrapping_mul(0x9e37_79b1).wrapping_add(0x7f4a_7c15);
                 state.rotate_left(13) as i32
             };
-            let (a, b): ([i32; N], [i32; N]) = (std::array::from_fn(|_| next()), std::array::from_fn(|_| next()));
+            let (a, b): ([i32; N], [i32; N]) =
+                (std::array::from_fn(|_| next()), std::array::from_fn(|_| next()));
             let expected = (0..N).fold(0, |sum, i| dp4a(a[i], b[i], sum));
+            assert_eq!(expected, (0..N).map(|i| portable_dp4a(a[i], b[i])).sum(), "N = {N}, seed = {seed}");
             assert_eq!(dp4a_sum(a, b), expected, "N = {N}, seed = {seed}");
         }
         for seed in 0..100 {

@@ -72,7 +72,7 @@ pub fn nanosleep(nanoseconds: u32) {
 /// Says that the thread is waiting for another one to write to memory.
 ///
 /// The emulator lets the other threads run; without this (or an atomic load) a loop that waits would never end
-/// there. See [`emulator`](../emulator/index.html) for what may wait for what.
+/// there. See [`emulator`](crate::emulator) for what may wait for what.
 #[inline(always)]
 pub fn spin_hint() {
     cfg_select! {

@@ -61,7 +61,10 @@ impl fmt::Display for LaunchError {
                 write!(f, "kernel {kernel} is stuck in block {block:?}, thread {thread:?}: {message}")
             }
             Self::Stacks { kernel, error } => {
-                write!(f, "kernel {kernel} needs more stacks for its threads than there is memory for: {error}")
+                write!(
+                    f,
+                    "kernel {kernel} needs more stacks for its threads than there is memory for: {error}"
+                )
             }
         }
     }

@@ -42,11 +42,15 @@ impl<'a> Grid<'a> {
             return refuse(format!("the grid is {grid:?}, each must be 1 or more and at most {MAX_GRID:?}"));
         }
         if block.iter().zip(MAX_BLOCK).any(|(&n, max)| n == 0 || n > max) {
-            return refuse(format!("the block is {block:?}, each must be 1 or more and at most {MAX_BLOCK:?}"));
+            return refuse(format!(
+                "the block is {block:?}, each must be 1 or more and at most {MAX_BLOCK:?}"
+            ));
         }
         let threads: u32 = block.iter().product();
         if threads as usize > MAX_THREADS {
-            return refuse(format!("the block {block:?} has {threads} threads, at most {MAX_THREADS} are allowed"));
+            return refuse(format!(
+                "the block {block:?} has {threads} threads, at most {MAX_THREADS} are allowed"
+            ));
         }
         if dynamic_shared_bytes as usize > arena::MAX_TOTAL {
             return refuse(format!(

@@ -15,7 +15,8 @@
 //!
 //! # Errors in kernels
 //! A panic, a barrier or collective that not all threads reach, and different collectives that meet end the launch
-//! with a [`LaunchError`] that names kernel, block and thread. Memory is then in an unspecified state.
+//! with a [`LaunchError`] that names kernel, block and thread. Memory is then in an unspecified state. A thread's stack
+//! has 128 KB; beyond it lies a guard page, which ends the process.
 //!
 //! [`spin_hint`]: crate::thread::spin_hint
 //! [`nanosleep`]: crate::thread::nanosleep

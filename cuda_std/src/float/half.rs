@@ -111,7 +111,10 @@ mod tests {
             for neighbour in [found.wrapping_sub(1), found + 1] {
                 if neighbour <= 0x7c00 && magnitude < 65_536.0 {
                     let other = (at(neighbour) - magnitude).abs();
-                    assert!(error < other || (error == other && found % 2 == 0), "{value:e}: {half:#06x}");
+                    assert!(
+                        error < other || (error == other && found.is_multiple_of(2)),
+                        "{value:e}: {half:#06x}"
+                    );
                 }
             }
             assert_eq!(half >> 15 == 1, value.is_sign_negative());

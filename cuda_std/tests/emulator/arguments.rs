@@ -18,7 +18,15 @@ unsafe impl KernelArg for Scale {}
 
 /// A slice, a reference, a struct and plain values.
 #[kernel]
-pub unsafe fn all_kinds(x: &[f32], bias: &f32, y: *mut f32, scale: Scale, mut negate: u32, add: i32, last: usize) {
+pub unsafe fn all_kinds(
+    x: &[f32],
+    bias: &f32,
+    y: *mut f32,
+    scale: Scale,
+    mut negate: u32,
+    add: i32,
+    last: usize,
+) {
     let i = index_1d() as usize;
     negate &= 1;
     if i < x.len().min(last) {
@@ -73,7 +81,10 @@ fn a_macro_defines_one_kernel_per_module() {
 #[test]
 fn kernels_are_numbered_densely() {
     let ids = [ALL_KINDS.info().id(), f32::WRITE.info().id(), q4_k::WRITE.info().id(), SIXTEEN.info().id()];
-    assert_eq!(ids, [ALL_KINDS.info().id(), f32::WRITE.info().id(), q4_k::WRITE.info().id(), SIXTEEN.info().id()]);
+    assert_eq!(
+        ids,
+        [ALL_KINDS.info().id(), f32::WRITE.info().id(), q4_k::WRITE.info().id(), SIXTEEN.info().id()]
+    );
     let mut sorted = ids.to_vec();
     sorted.sort_unstable();
     sorted.dedup();

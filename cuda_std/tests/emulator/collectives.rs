@@ -115,12 +115,7 @@ fn reductions_equal_a_butterfly_to_the_bit() {
     let x = values(96 * 3);
     for width in [1, 2, 4, 8, 16, 32] {
         let (mut out, mut integers) = (vec![[0.0; 4]; x.len()], vec![[0; 3]; x.len()]);
-        launch(
-            &REDUCTIONS,
-            3,
-            96,
-            (x.as_ptr(), out.as_mut_ptr(), integers.as_mut_ptr(), width),
-        );
+        launch(&REDUCTIONS, 3, 96, (x.as_ptr(), out.as_mut_ptr(), integers.as_mut_ptr(), width));
         let width = width as usize;
         let sum = butterfly(x.clone(), width, |a, b| a + b);
         let sum3 = butterfly(x.iter().map(|x| 3.0 * x).collect(), width, |a, b| a + b);

@@ -36,7 +36,10 @@ fn a_wrong_number_of_arguments_is_refused() {
     let config = LaunchConfig { grid: [1; 3], block: [1; 3], dynamic_shared_bytes: 0 };
     // SAFETY: refused before anything is read.
     let error = unsafe { emulator::launch(BREAKS.info(), config, &[]) }.unwrap_err();
-    assert!(error.to_string().contains("0 arguments") && error.to_string().contains("place, thread"), "{error}");
+    assert!(
+        error.to_string().contains("0 arguments") && error.to_string().contains("place, thread"),
+        "{error}"
+    );
 }
 
 /// Panics in one thread of one block, before or after a barrier.
@@ -115,10 +118,14 @@ pub unsafe fn parts_ways(how: u32) {
 #[test]
 fn threads_that_part_ways_are_an_error_and_not_a_hang() {
     for (how, thread, parts) in [
-        (0, 0, &[
+        (
+            0,
+            0,
+            &[
                 "thread [0, 0, 0] waits in sync_warp with mask 0xffffffff for thread [1, 0, 0]",
                 "63 threads from [1, 0, 0] on wait at sync_threads",
-            ][..]),
+            ][..],
+        ),
         (1, 1, &["warp_reduce_max", "warp_reduce_add", "mask 0xffffffff"]),
         (2, 1, &["over 32 lanes", "over 16 lanes"]),
         (3, 1, &["mask 0x00000005", "its own lane, 1,"]),

@@ -33,7 +33,8 @@ pub unsafe fn reverse(x: *mut u64) {
 
 #[test]
 fn threads_exchange_values_through_shared_arrays() {
-    let values: Vec<u64> = (0..100 * TILE as u64).map(|i| (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
+    let values: Vec<u64> =
+        (0..100 * TILE as u64).map(|i| (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)).collect();
     let mut x = values.clone();
     launch(&REVERSE, 100, TILE as u32, (x.as_mut_ptr(),));
     for (found, block) in x.chunks(TILE).zip(values.chunks(TILE)) {
@@ -60,7 +61,8 @@ pub unsafe fn unwritten(before: *mut f32, after: *mut f32) {
 fn every_block_starts_with_poisoned_memory() {
     let (mut before, mut after) = (vec![0f32; 320], vec![0f32; 320]);
     for _ in 0..2 {
-        try_launch(&UNWRITTEN, [10, 1, 1], [32, 1, 1], 128, (before.as_mut_ptr(), after.as_mut_ptr())).unwrap();
+        try_launch(&UNWRITTEN, [10, 1, 1], [32, 1, 1], 128, (before.as_mut_ptr(), after.as_mut_ptr()))
+            .unwrap();
         assert!(before.iter().all(|x| x.to_bits() == u32::MAX));
         assert!(after.iter().enumerate().all(|(i, &x)| x == i as f32));
     }

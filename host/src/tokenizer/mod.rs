@@ -113,7 +113,7 @@ impl Tokenizer {
     }
 
     /// The ids of plain text, with BOS and EOS where the file asks for them. Nothing in the text is special:
-    /// `<|im_end|>` in it is eight characters or so, not the token.
+    /// `<|im_end|>` in it is ten characters, not the token.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids: Vec<u32> = self.prefix.into_iter().collect();
         self.append(text, &mut ids)?;
@@ -179,7 +179,9 @@ fn build_bpe(vocabulary: &Vocabulary, pre: &PreTokenizer) -> Result<Bpe> {
         .iter()
         .map(|merge| match merge.split_once(' ') {
             Some((a, b)) => Ok((a.to_owned(), b.to_owned())),
-            None => bail!("key \"tokenizer.ggml.merges\": needed two tokens with a space between, found {merge:?}"),
+            None => bail!(
+                "key \"tokenizer.ggml.merges\": needed two tokens with a space between, found {merge:?}"
+            ),
         })
         .collect::<Result<_>>()?;
     let model = BPE::builder()
