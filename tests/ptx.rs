@@ -31,14 +31,20 @@ fn assemble(architecture: u32, text: &str) -> Vec<Usage> {
         .arg(folder.join("kernels.cubin"))
         .arg(&input)
         .output()
-        .unwrap_or_else(|error| panic!("{} does not run ({error}): scripts/fetch-ptxas brings it", ptxas().display()));
+        .unwrap_or_else(|error| {
+            panic!("{} does not run ({error}): scripts/fetch-ptxas brings it", ptxas().display())
+        });
     let log = String::from_utf8_lossy(&output.stderr).into_owned();
     std::fs::remove_dir_all(&folder).unwrap();
     assert!(output.status.success(), "ptxas refuses the kernels for sm_{architecture}:\n{log}");
 
     let number_before = |line: &str, unit: &str| -> u32 {
         let head = line.split(unit).next().unwrap_or_default().trim_end();
-        head.rsplit([' ', ',']).next().unwrap_or_default().parse().unwrap_or_else(|_| panic!("no number in {line:?}"))
+        head.rsplit([' ', ','])
+            .next()
+            .unwrap_or_default()
+            .parse()
+            .unwrap_or_else(|_| panic!("no number in {line:?}"))
     };
     let mut usages: Vec<Usage> = Vec::new();
     for line in log.lines() {
@@ -66,7 +72,11 @@ fn kernels_assemble_without_spills() {
             let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
             assert!(!hot.is_empty(), "no kernel is called {prefix}...");
             let most = hot.iter().max_by_key(|usage| usage.registers).unwrap();
-            println!("sm_{architecture}: {} {prefix} kernels, at most {} registers", hot.len(), most.registers);
+            println!(
+                "sm_{architecture}: {} {prefix} kernels, at most {} registers",
+                hot.len(),
+                most.registers
+            );
             for usage in hot {
                 assert_eq!((usage.spilled_bytes, usage.stack_bytes), (0, 0), "sm_{architecture}: {usage:?}");
             }

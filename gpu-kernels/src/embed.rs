@@ -1,6 +1,6 @@
 //! The embedding of a token: one row of the token-embedding matrix, dequantized.
 
-use crate::formats::{RUN, UNIT, WeightFormat, WeightUnit};
+use crate::formats::{UNIT, WeightFormat, WeightUnit};
 use crate::step::Step;
 use cuda_std::kernel;
 use cuda_std::thread::index_1d;
@@ -24,9 +24,9 @@ unsafe fn embed_row<F: WeightFormat>(
         let row = weights.add((*step).token as usize * (n_embd / F::BLOCK_LEN));
         let values = F::load(row, unit, n_embd).dequantize();
         for (start, run) in F::columns(unit).into_iter().zip(values) {
-            for i in 0..RUN {
-                if F::BLOCK_LEN.is_multiple_of(UNIT) || start + i < n_embd {
-                    *out.add(start + i) = run[i];
+            for (column, value) in (start..).zip(run) {
+                if F::BLOCK_LEN.is_multiple_of(UNIT) || column < n_embd {
+                    *out.add(column) = value;
                 }
             }
         }

@@ -9,12 +9,22 @@ use host::ops::{self, AttentionShape, KvLayer};
 /// Keys and values for `n_ctx` positions, of which the first `length` are real and the rest poisoned with NaN.
 struct Cache {
     layer: KvLayer,
+    n_head_kv: usize,
+    n_ctx: usize,
+    head_dim: usize,
     /// `[n_head_kv, n_ctx, head_dim]`
     k: Vec<f16>,
     v: Vec<f16>,
 }
 
-fn cache(device: &Device, n_head_kv: usize, n_ctx: usize, head_dim: usize, length: usize, random: &mut Random) -> Cache {
+fn cache(
+    device: &Device,
+    n_head_kv: usize,
+    n_ctx: usize,
+    head_dim: usize,
+    length: usize,
+    random: &mut Random,
+) -> Cache {
     let mut fill = || -> Vec<f16> {
         (0..n_head_kv * n_ctx * head_dim)
             .map(|i| match i / head_dim % n_ctx < length {
@@ -27,22 +37,31 @@ fn cache(device: &Device, n_head_kv: usize, n_ctx: usize, head_dim: usize, lengt
     let mut layer = KvLayer::alloc(device, n_head_kv, n_ctx, head_dim).unwrap();
     device.upload(&mut layer.k, &k).unwrap();
     device.upload(&mut layer.v, &v).unwrap();
-    Cache { layer, k, v }
+    Cache { layer, n_head_kv, n_ctx, head_dim, k, v }
 }
 
 /// Attention in f64, one head after the other.
-fn reference(q: &[f32], cache: &Cache, n_head: usize, heads_per_kv: usize, head_dim: usize, n_ctx: usize, length: usize, scale: f64) -> Vec<f64> {
+fn reference(q: &[f32], cache: &Cache, length: usize, scale: f64) -> Vec<f64> {
+    let &Cache { n_head_kv, n_ctx, head_dim, .. } = cache;
+    let n_head = q.len() / head_dim;
     let mut out = Vec::new();
     for head in 0..n_head {
-        let offset = head / heads_per_kv * n_ctx * head_dim;
+        let offset = head / (n_head / n_head_kv) * n_ctx * head_dim;
         let row = |values: &[f16], p: usize, d: usize| values[offset + p * head_dim + d].to_f64();
         let scores: Vec<f64> = (0..length)
-            .map(|p| scale * (0..head_dim).map(|d| f64::from(q[head * head_dim + d]) * row(&cache.k, p, d)).sum::<f64>())
+            .map(|p| {
+                scale
+                    * (0..head_dim)
+                        .map(|d| f64::from(q[head * head_dim + d]) * row(&cache.k, p, d))
+                        .sum::<f64>()
+            })
             .collect();
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
         let total: f64 = weights.iter().sum();
-        out.extend((0..head_dim).map(|d| (0..length).map(|p| weights[p] * row(&cache.v, p, d)).sum::<f64>() / total));
+        out.extend(
+            (0..head_dim).map(|d| (0..length).map(|p| weights[p] * row(&cache.v, p, d)).sum::<f64>() / total),
+        );
     }
     out
 }
@@ -61,10 +80,12 @@ fn attention_matches_f64() {
                 // Queries large enough for a peaked softmax, which an unstable one gets wrong.
                 let q: Vec<f32> = random.vector(n_head * head_dim).into_iter().map(|v| 6.0 * v).collect();
                 let scale = 1.0 / (head_dim as f32).sqrt();
-                let expected =
-                    reference(&q, &cache, n_head, n_head / n_head_kv, head_dim, n_ctx, length, scale.into());
+                let expected = reference(&q, &cache, length, scale.into());
 
-                let what = format!("{n_head}:{n_head_kv} heads of {head_dim}, {length} positions, {}", device.describe());
+                let what = format!(
+                    "{n_head}:{n_head_kv} heads of {head_dim}, {length} positions, {}",
+                    device.describe()
+                );
                 let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
                 let q = device.alloc_from(&q).unwrap();
                 let mut out = Guarded::new(device, n_head * head_dim);
@@ -84,7 +105,7 @@ fn scores_far_apart_do_not_overflow() {
         let cache = cache(device, 1, length, head_dim, length, &mut random);
         for magnitude in [0.0f32, 1e3, 1e4] {
             let q: Vec<f32> = random.vector(head_dim).into_iter().map(|v| magnitude * v).collect();
-            let expected = reference(&q, &cache, 1, 1, head_dim, length, length, 1.0);
+            let expected = reference(&q, &cache, length, 1.0);
             let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
             let q = device.alloc_from(&q).unwrap();
             let mut out = Guarded::new(device, head_dim);

@@ -54,7 +54,8 @@ fn quantize_matches_its_twin_exactly() {
                 let amax = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
                 let d = amax / 127.0;
                 let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
-                let mut expected: Vec<i8> = block.iter().map(|v| (v * inverse).round_ties_even() as i8).collect();
+                let mut expected: Vec<i8> =
+                    block.iter().map(|v| (v * inverse).round_ties_even() as i8).collect();
                 expected.resize(32, 0);
                 let what = format!("n {n}, block {b}, {}", device.describe());
                 assert_eq!(quants[32 * b..][..32], expected[..], "{what}");
@@ -72,7 +73,9 @@ fn quantize_matches_its_twin_exactly() {
 fn rope_matches_f64() {
     for device in devices() {
         for layout in [RopeLayout::Interleaved, RopeLayout::HalfSplit] {
-            for (n_head, head_dim, n_rot) in [(1, 32, 32), (9, 64, 64), (3, 96, 64), (12, 128, 128), (2, 256, 2)] {
+            for (n_head, head_dim, n_rot) in
+                [(1, 32, 32), (9, 64, 64), (3, 96, 64), (12, 128, 128), (2, 256, 2)]
+            {
                 for position in [0u32, 1, 17, 4095, 131_071] {
                     let mut random = Random::new(u64::from(position) + head_dim as u64);
                     let x = random.vector(n_head * head_dim);
@@ -86,7 +89,8 @@ fn rope_matches_f64() {
                                 RopeLayout::HalfSplit => (i, i + n_rot / 2),
                             };
                             let (sin, cos) = (f64::from(position) * frequency).sin_cos();
-                            (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[a] * sin + head[b] * cos);
+                            (head[a], head[b]) =
+                                (head[a] * cos - head[b] * sin, head[a] * sin + head[b] * cos);
                         }
                     }
                     let rope = Rope { frequencies: device.alloc_from(&frequencies).unwrap(), layout };
@@ -146,7 +150,13 @@ fn argmax_takes_the_first_of_the_largest() {
             let input = device.alloc_from(x).unwrap();
             let mut index = device.alloc_from(&[u32::MAX, 12_345]).unwrap();
             ops::argmax(device, &input, &mut index).unwrap();
-            assert_eq!(device.to_vec(&index).unwrap(), [*expected, 12_345], "n {}, {}", x.len(), device.describe());
+            assert_eq!(
+                device.to_vec(&index).unwrap(),
+                [*expected, 12_345],
+                "n {}, {}",
+                x.len(),
+                device.describe()
+            );
         }
     }
 }

@@ -38,7 +38,12 @@ fn for_each_case(test: impl Fn(&Device, Case)) {
             for (n_rows, n_cols) in shapes(format) {
                 let mut random = Random::new((n_rows * 10_007 + n_cols) as u64);
                 let blocks = random_blocks(format, n_rows, n_cols, &mut random);
-                let what = format!("{} {n_rows} x {n_cols}, seed {}, {}", format.name(), random.seed, device.describe());
+                let what = format!(
+                    "{} {n_rows} x {n_cols}, seed {}, {}",
+                    format.name(),
+                    random.seed,
+                    device.describe()
+                );
                 test(
                     device,
                     Case {
@@ -151,9 +156,14 @@ fn gemv_swiglu_matches_f64() {
                 let (g, u) = (gate_y[i], up_y[i]);
                 let expected = g / (1.0 + (-g).exp()) * u;
                 // Each factor is off by rounding relative to what it adds up; silu's slope is at most 1.1.
-                let tolerance = 2e-6 * (1.1 * gate_size * u.abs() + up_size * g.abs() + 1.0) + 2e-6 * expected.abs();
+                let tolerance =
+                    2e-6 * (1.1 * gate_size * u.abs() + up_size * g.abs() + 1.0) + 2e-6 * expected.abs();
                 let error = (f64::from(value) - expected).abs();
-                assert!(error <= tolerance, "{}: row {i} is {value}, not {expected} ({error:e} > {tolerance:e})", case.what);
+                assert!(
+                    error <= tolerance,
+                    "{}: row {i} is {value}, not {expected} ({error:e} > {tolerance:e})",
+                    case.what
+                );
             }
         }
     });
@@ -184,7 +194,11 @@ fn shapes_that_do_not_fit_are_refused() {
     let (short, x) = (device.alloc_from(&[0.0f32; 31]).unwrap(), device.alloc_from(&[0.0f32; 32]).unwrap());
     let mut y3 = device.alloc_from(&[0.0f32; 3]).unwrap();
     let message = |result: anyhow::Result<()>| format!("{:#}", result.unwrap_err());
-    assert!(message(ops::gemv(device, &matrix, Input::F32(&short), Output::Set(&mut y3))).contains("31 values"));
-    assert!(message(ops::gemv(device, &matrix, Input::F32(&x), Output::Set(&mut y3))).contains("4 are needed"));
+    assert!(
+        message(ops::gemv(device, &matrix, Input::F32(&short), Output::Set(&mut y3))).contains("31 values")
+    );
+    assert!(
+        message(ops::gemv(device, &matrix, Input::F32(&x), Output::Set(&mut y3))).contains("4 are needed")
+    );
     assert!(message(ops::gemv_swiglu(device, &matrix, &other, Input::F32(&x), &mut y3)).contains("up is"));
 }

@@ -15,7 +15,8 @@ use std::sync::OnceLock;
 pub fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| {
-        let open = |choice| Device::open(choice).unwrap_or_else(|error| panic!("no device to test on: {error:#}"));
+        let open =
+            |choice| Device::open(choice).unwrap_or_else(|error| panic!("no device to test on: {error:#}"));
         match std::env::var("WARPLINE_TEST_DEVICE").as_deref() {
             Ok("cpu") => vec![open(DeviceChoice::Cpu)],
             Ok("cuda") => vec![open(DeviceChoice::Cuda)],
@@ -100,6 +101,9 @@ pub fn assert_close(values: &[f32], reference: &[f64], relative: f64, scale: f64
     for (i, (&value, &wanted)) in values.iter().zip(reference).enumerate() {
         let tolerance = relative * wanted.abs().max(scale);
         let error = (f64::from(value) - wanted).abs();
-        assert!(error <= tolerance, "{what}: element {i} is {value}, not {wanted} (off by {error:e}, {tolerance:e} allowed)");
+        assert!(
+            error <= tolerance,
+            "{what}: element {i} is {value}, not {wanted} (off by {error:e}, {tolerance:e} allowed)"
+        );
     }
 }

@@ -7,7 +7,6 @@ mod collectives;
 mod failures;
 mod grids;
 mod shared_memory;
-mod speed;
 
 use cuda_std::emulator::{self, LaunchError};
 use cuda_std::launch::{Kernel, KernelArgs, LaunchConfig};

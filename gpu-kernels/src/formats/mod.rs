@@ -21,7 +21,7 @@ pub use q6_k::{BlockQ6_K, Q6_K};
 pub use q8_0::{BlockQ8_0, Q8_0};
 
 use crate::activations::Q8_1Unit;
-use cuda_std::intrinsics::dp4a;
+use cuda_std::intrinsics::dp4a_sum;
 
 /// Weights in a run: consecutive columns that share one scale.
 pub const RUN: usize = 16;
@@ -105,13 +105,8 @@ impl<const HAS_MIN: bool> WeightUnit for QuantizedUnit<HAS_MIN> {
     /// `sum over runs of scale * d8 * dot(q, q8)`, less `min * d8 * sum(q8)` of the block in charge.
     #[inline(always)]
     fn dot_q8_1(&self, x: &Q8_1Unit) -> f32 {
-        let mut dots = [0i32; 2];
-        for run in 0..2 {
-            for i in 0..RUN / 4 {
-                dots[run] = dp4a(self.quants[run][i], x.quants[run][i], dots[run]);
-            }
-        }
-        let mut sum = self.scale[0] * x.d[0] * dots[0] as f32 + self.scale[1] * x.d[1] * dots[1] as f32;
+        let dot = |run: usize| dp4a_sum(self.quants[run], x.quants[run]) as f32;
+        let mut sum = self.scale[0] * x.d[0] * dot(0) + self.scale[1] * x.d[1] * dot(1);
         if HAS_MIN {
             sum -= self.block_min * x.block_sum;
         }

@@ -15,7 +15,7 @@ pub struct BlockQ4_K {
     pub d: f16,
     /// Scale of the minimums.
     pub dmin: f16,
-    /// Eight scales and eight minimums of 6 bits; [`scale_and_min`] takes them apart.
+    /// Eight scales and eight minimums of 6 bits; `scale_and_min` takes them apart.
     pub scales: [u32; 3],
     /// Nibbles: 32 bytes for each pair of sub-blocks, the even one below, the odd one above.
     pub qs: [[u32; 4]; 8],
@@ -33,7 +33,7 @@ pub struct Q4_K;
 /// low four bits in byte `j + 4` (scale below, minimum above) and the high two in the top bits of bytes `j - 4`
 /// (scale) and `j` (minimum).
 #[inline(always)]
-pub fn scale_and_min(scales: [u32; 3], j: usize) -> (u32, u32) {
+fn scale_and_min(scales: [u32; 3], j: usize) -> (u32, u32) {
     let shift = 8 * (j as u32 % 4);
     let [low, mid, high] = scales.map(|word| (word >> shift) & 0xff);
     if j < 4 { (low & 63, mid & 63) } else { ((high & 15) | (low >> 6) << 4, (high >> 4) | (mid >> 6) << 4) }
@@ -73,7 +73,7 @@ impl WeightFormat for Q4_K {
             scale: [d * scale0 as f32, d * scale1 as f32],
             min,
             // Units 2j and 2j + 1 share two sub-blocks: each accounts for one of them (`min_block` is the unit).
-            block_min: if unit % 2 == 0 { min[0] } else { min[1] },
+            block_min: if unit.is_multiple_of(2) { min[0] } else { min[1] },
         }
     }
 }

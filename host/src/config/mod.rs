@@ -11,8 +11,6 @@ pub use gpu_kernels::rope::RopeLayout;
 
 use crate::gguf::{FromValue, Gguf, Shown};
 
-pub use tensors::WEIGHT_TYPES;
-
 /// A family of models: which metadata keys and tensors there are, and how they are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {

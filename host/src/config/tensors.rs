@@ -3,17 +3,14 @@
 use std::collections::HashSet;
 
 use anyhow::{Result, bail, ensure};
+use gpu_kernels::formats::Format;
 
 use super::Config;
-use crate::gguf::{GgmlType, Gguf, Shown, TensorInfo};
-
-/// The formats in which weight matrices can be run.
-pub const WEIGHT_TYPES: [GgmlType; 6] =
-    [GgmlType::F32, GgmlType::F16, GgmlType::Q8_0, GgmlType::Q4_1, GgmlType::Q4_K, GgmlType::Q6_K];
+use crate::gguf::{Gguf, Shown, TensorInfo};
 
 const QKV_BIASES: [&str; 3] = ["attn_q.bias", "attn_k.bias", "attn_v.bias"];
 
-/// What a model must or may have: a matrix in any of [`WEIGHT_TYPES`], or an F32 vector.
+/// What a model must or may have: a matrix in any [`Format`] that kernels read, or an F32 vector.
 struct Expected {
     name: &'static str,
     shape: Vec<usize>,
@@ -56,13 +53,14 @@ impl Expected {
     }
 
     fn check_type(&self, gguf: &Gguf, info: &TensorInfo) -> Result<()> {
-        let types = if self.shape.len() == 1 { &[GgmlType::F32][..] } else { &WEIGHT_TYPES };
+        let formats = if self.shape.len() == 1 { &[Format::F32][..] } else { Format::ALL };
+        let types: Vec<&str> = formats.iter().map(|format| format.name()).collect();
         ensure!(
-            types.contains(&info.ggml_type),
+            types.contains(&info.ggml_type.name()),
             "{}: tensor \"{}\": needed the type {}, found {}",
             gguf.file().display(),
             info.name,
-            types.iter().map(|t| t.name()).collect::<Vec<_>>().join(", "),
+            types.join(", "),
             info.ggml_type,
         );
         Ok(())

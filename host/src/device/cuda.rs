@@ -206,6 +206,11 @@ pub(super) struct CudaMemory {
     context: Arc<Context>,
 }
 
+// SAFETY: an address of the GPU's, which any thread may pass to the driver; freeing makes the context current first.
+unsafe impl Send for CudaMemory {}
+// SAFETY: as above; nothing is read or written through a shared reference.
+unsafe impl Sync for CudaMemory {}
+
 impl CudaMemory {
     pub(super) fn address(&self) -> *mut u8 {
         self.start.as_raw() as *mut u8
