@@ -6,6 +6,7 @@
 
 mod cli;
 mod config;
+mod device;
 mod gguf;
 mod golden;
 mod inspect;

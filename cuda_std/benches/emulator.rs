@@ -11,14 +11,14 @@ const ROUNDS: u32 = 10_000;
 
 /// Nothing but starting and returning.
 #[kernel]
-pub unsafe fn trivial(out: *mut u32) {
+unsafe fn trivial(out: *mut u32) {
     // SAFETY: one element per thread of a block.
     unsafe { *out.add(thread_idx_x() as usize) = 1 };
 }
 
 /// One reduction after the other.
 #[kernel]
-pub unsafe fn reduce(out: *mut f32) {
+unsafe fn reduce(out: *mut f32) {
     let mut sum = 1.0;
     for _ in 0..ROUNDS {
         sum = warp_reduce_add(FULL_MASK, sum, 32) * (1.0 / 32.0);
@@ -29,7 +29,7 @@ pub unsafe fn reduce(out: *mut f32) {
 
 /// One reduction of four values after the other.
 #[kernel]
-pub unsafe fn reduce_4(out: *mut f32) {
+unsafe fn reduce_4(out: *mut f32) {
     let mut sums = [1.0; 4];
     for _ in 0..ROUNDS {
         sums = warp_reduce_add_n(FULL_MASK, sums, 32).map(|sum| sum * (1.0 / 32.0));
@@ -40,7 +40,7 @@ pub unsafe fn reduce_4(out: *mut f32) {
 
 /// One warp barrier after the other.
 #[kernel]
-pub unsafe fn warp_barriers() {
+unsafe fn warp_barriers() {
     for _ in 0..ROUNDS {
         sync_warp(FULL_MASK);
     }
@@ -48,7 +48,7 @@ pub unsafe fn warp_barriers() {
 
 /// One barrier after the other.
 #[kernel]
-pub unsafe fn barriers() {
+unsafe fn barriers() {
     for _ in 0..ROUNDS {
         sync_threads();
     }
