@@ -8,7 +8,15 @@ use std::process::Command;
 /// The architectures that Warpline is compiled for, oldest first; a GPU runs the newest that it is not older than.
 const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90"];
 
-fn main() -> Result<()> {
+fn main() {
+    // One line, as the compiler's own messages already stand above it.
+    if let Err(error) = run() {
+        println!("cargo::error={}", format!("{error:#}").trim().replace('\n', " "));
+        std::process::exit(1);
+    }
+}
+
+fn run() -> Result<()> {
     let out_dir = PathBuf::from(std::env::var_os("OUT_DIR").context("OUT_DIR is not set")?);
     let results = std::thread::scope(|scope| {
         let builds = ARCHITECTURES.map(|arch| {
