@@ -11,6 +11,7 @@ mod gguf;
 mod golden;
 mod inspect;
 mod kernels;
+mod model;
 mod model_files;
 mod ptx;
 mod tiny_model;

@@ -88,7 +88,7 @@ pub unsafe fn attention(
                 let words = unsafe { ld_global_u32x4(k_head.add(position * head_dim + d).cast()) };
                 let (low, high) = (query.get4(d), query.get4(d + 4));
                 let q = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
-                for (i, word) in words.into_iter().enumerate() {
+                for (i, &word) in words.iter().enumerate() {
                     score +=
                         q[2 * i] * f16_to_f32(word as u16) + q[2 * i + 1] * f16_to_f32((word >> 16) as u16);
                 }
@@ -128,7 +128,7 @@ pub unsafe fn attention(
         warp_max.set(warp, running_max);
         warp_sum.set(warp, sum);
     }
-    for (i, value) in values.into_iter().enumerate() {
+    for (i, &value) in values.iter().enumerate() {
         warp_values.set(warp * MAX_HEAD_DIM + i * HEAD_DIM_STEP + lane, value);
     }
     sync_threads();

@@ -5,7 +5,7 @@
 
 mod attention;
 mod elementwise;
-mod formats;
+pub mod formats;
 mod gemv;
 
 use host::device::{Buffer, Device, DeviceChoice};

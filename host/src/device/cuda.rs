@@ -10,7 +10,9 @@ use cust::memory::{DevicePointer, cuda_free, cuda_malloc, mem_get_info};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys;
+use std::cell::RefCell;
 use std::ffi::c_void;
+use std::ptr;
 use std::sync::{Arc, Mutex};
 
 /// The kernels compiled for one GPU architecture.
@@ -30,6 +32,11 @@ pub fn ptx_images() -> impl DoubleEndedIterator<Item = (u32, &'static str)> {
 
 /// Resident blocks per multiprocessor that a streaming kernel of 128 threads can have at most.
 const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
+
+thread_local! {
+    /// The stream that this thread's launches go to while they are recorded.
+    static RECORDER: RefCell<Option<Stream>> = const { RefCell::new(None) };
+}
 
 pub(super) struct CudaDevice {
     context: Arc<Context>,
@@ -185,12 +192,76 @@ impl CudaDevice {
         };
         let ([gx, gy, gz], [bx, by, bz]) = (config.grid, config.block);
         // SAFETY: the caller's promise; the pointers are to the values that the kernel's parameters take.
-        let result = unsafe {
-            self.stream.launch(function, (gx, gy, gz), (bx, by, bz), config.dynamic_shared_bytes, pointers)
-        };
+        let result = RECORDER.with_borrow(|recorder| unsafe {
+            let stream = recorder.as_ref().unwrap_or(&self.stream);
+            stream.launch(function, (gx, gy, gz), (bx, by, bz), config.dynamic_shared_bytes, pointers)
+        });
         result.with_context(|| {
             format!("cannot launch {} on grid {:?}, block {:?}", kernel.name, config.grid, config.block)
         })
+    }
+}
+
+impl CudaDevice {
+    /// Records what `issue` launches instead of running it. Every kernel must have been launched before: the driver
+    /// may load one at its first use, which it does not do while it records.
+    pub(super) fn record<E: From<anyhow::Error>>(
+        &self,
+        issue: impl FnOnce() -> Result<(), E>,
+    ) -> Result<CudaGraph, E> {
+        self.enter().map_err(anyhow::Error::from)?;
+        // A stream of its own: what other threads issue meanwhile is not recorded.
+        let recorder = Stream::new(StreamFlags::DEFAULT, None).map_err(anyhow::Error::from)?;
+        let stream = recorder.as_inner();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream was just made and is not recording.
+        check(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) })
+            .context("the driver does not record launches")?;
+        let before = RECORDER.replace(Some(recorder));
+        let issued = issue();
+        let _recorder = RECORDER.replace(before);
+        let mut graph = ptr::null_mut();
+        // SAFETY: ends the recording begun above, whatever came of it.
+        let ended = check(unsafe { sys::cuStreamEndCapture(stream, &mut graph) });
+        issued?;
+        ended.context("the launches cannot be recorded")?;
+        let mut executable = ptr::null_mut();
+        // SAFETY: the graph was just recorded; it is not needed any more once there is an executable one.
+        let made = unsafe {
+            let made = sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0);
+            sys::cuGraphDestroy(graph);
+            made
+        };
+        check(made).context("the recorded launches cannot be made ready")?;
+        Ok(CudaGraph { executable, context: Arc::clone(&self.context) })
+    }
+
+    /// Issues what was recorded, as one launch.
+    pub(super) fn replay(&self, graph: &CudaGraph) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the graph is of this context; its kernels' buffers are the promise of whoever recorded it.
+        check(unsafe { sys::cuGraphLaunch(graph.executable, self.stream.as_inner()) })
+            .context("cannot launch the recorded kernels")
+    }
+}
+
+/// Recorded launches.
+pub(super) struct CudaGraph {
+    executable: sys::CUgraphExec,
+    context: Arc<Context>,
+}
+
+// SAFETY: a handle that any thread may pass to the driver with the context current.
+unsafe impl Send for CudaGraph {}
+// SAFETY: as above; the driver takes its own lock.
+unsafe impl Sync for CudaGraph {}
+
+impl Drop for CudaGraph {
+    fn drop(&mut self) {
+        // As with memory: an error means that the context and the graph are gone already.
+        let _ = CurrentContext::set_current(&*self.context);
+        // SAFETY: instantiated above, destroyed once; the driver waits for replays under way.
+        let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
     }
 }
 

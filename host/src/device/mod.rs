@@ -14,7 +14,7 @@ use anyhow::{Result, ensure};
 use buffer::Memory;
 use bytemuck::Pod;
 use cpu::CpuDevice;
-use cuda::CudaDevice;
+use cuda::{CudaDevice, CudaGraph};
 use cuda_std::launch::{Kernel, KernelArgs, LaunchConfig};
 use std::sync::Arc;
 
@@ -33,6 +33,9 @@ pub enum DeviceChoice {
 /// A device that kernels run on. Clones are handles to the same one.
 #[derive(Clone)]
 pub struct Device(Kind);
+
+/// A sequence of launches with their arguments, recorded by [`Device::record`]: a CUDA graph.
+pub struct Recording(CudaGraph);
 
 #[derive(Clone)]
 enum Kind {
@@ -156,6 +159,36 @@ impl Device {
         match &self.0 {
             Kind::Cuda(device) => device.synchronize(),
             Kind::Cpu(_) => Ok(()),
+        }
+    }
+
+    /// Records what `issue` launches, to be issued again as a whole by [`replay`](Self::replay); nothing runs now.
+    ///
+    /// Every kernel must have been launched once before. `None` on the CPU, where a launch costs little.
+    ///
+    /// # Safety
+    /// The buffers that the launches use must outlive the recording.
+    ///
+    /// # Errors
+    /// Those of `issue`; also when the driver refuses to record, because `issue` waits for the device, say.
+    pub unsafe fn record<E: From<anyhow::Error>>(
+        &self,
+        issue: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Option<Recording>, E> {
+        match &self.0 {
+            Kind::Cuda(device) => Ok(Some(Recording(device.record(issue)?))),
+            Kind::Cpu(_) => Ok(None),
+        }
+    }
+
+    /// Issues recorded launches.
+    ///
+    /// # Errors
+    /// When the device refuses them.
+    pub fn replay(&self, recording: &Recording) -> Result<()> {
+        match &self.0 {
+            Kind::Cuda(device) => device.replay(&recording.0),
+            Kind::Cpu(_) => unreachable!("the CPU records nothing"),
         }
     }
 

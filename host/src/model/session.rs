@@ -3,7 +3,7 @@
 use super::forward::{Buffers, forward};
 use super::trace::{Halt, Point, Probe};
 use super::{Model, weights};
-use crate::device::Buffer;
+use crate::device::{Buffer, Recording};
 use crate::ops::{self, KvLayer};
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::step::Step;
@@ -11,6 +11,8 @@ use gpu_kernels::step::Step;
 /// Tokens in a KV cache, and the logits of the last one fed.
 pub struct Session<'m> {
     model: &'m Model,
+    /// The launches of a step without and with logits. Declared, and so dropped, before the buffers they use.
+    steps: [RecordedStep; 2],
     buffers: Buffers,
     caches: Vec<KvLayer>,
     /// Where the device leaves the most likely token.
@@ -21,6 +23,16 @@ pub struct Session<'m> {
     has_logits: bool,
 }
 
+/// How far recording a step's launches has come.
+enum RecordedStep {
+    /// It has not run yet: its first run launches one kernel after the other.
+    Fresh,
+    /// All of its kernels have run once, so that it can be recorded.
+    Warm,
+    /// It is replayed as one launch.
+    Recorded(Recording),
+}
+
 impl<'m> Session<'m> {
     pub(super) fn new(model: &'m Model) -> Result<Self> {
         let (device, config) = (&model.device, &model.config);
@@ -29,6 +41,7 @@ impl<'m> Session<'m> {
         let caches = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
         Ok(Self {
             model,
+            steps: [RecordedStep::Fresh, RecordedStep::Fresh],
             buffers: Buffers::alloc(device, config)?,
             caches,
             next: device.alloc_from(&[0u32])?,
@@ -58,8 +71,12 @@ impl<'m> Session<'m> {
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
         for (i, &token) in tokens.iter().enumerate() {
-            match self.run(token, i + 1 == tokens.len(), Probe::default()) {
-                Ok(()) => {}
+            let with_logits = i + 1 == tokens.len();
+            match self.run(token, with_logits, Probe::default()) {
+                Ok(()) => {
+                    self.position += 1;
+                    self.has_logits = with_logits;
+                }
                 Err(Halt::Error(error)) => return Err(error),
                 Err(Halt::At(_)) => unreachable!("no probe is set"),
             }
@@ -125,16 +142,36 @@ impl<'m> Session<'m> {
         Ok(())
     }
 
-    /// One token at the next position.
+    /// One token at the next position; whether it counts as fed is the caller's business.
     fn run(&mut self, token: u32, with_logits: bool, probe: Probe) -> Result<(), Halt> {
         let Model { device, settings, weights, .. } = self.model;
         let weights: &weights::Weights = weights;
         self.has_logits = false;
         let step = Step { token, position: self.position as u32 };
         device.upload(&mut self.buffers.step, &[step])?;
-        forward(device, weights, settings, &mut self.caches, &mut self.buffers, with_logits, probe)?;
-        self.position += 1;
-        self.has_logits = with_logits;
+
+        let recorded = &mut self.steps[usize::from(with_logits)];
+        let (caches, buffers) = (&mut self.caches, &mut self.buffers);
+        let mut issue = || forward(device, weights, settings, caches, buffers, with_logits, probe);
+        match recorded {
+            // A run that stops half-way waits for the device, and differs from the next one.
+            _ if probe.stop.is_some() => issue()?,
+            RecordedStep::Fresh => {
+                issue()?;
+                *recorded = RecordedStep::Warm;
+            }
+            RecordedStep::Warm => {
+                // SAFETY: the buffers are this session's or the model's, and the session's recordings go first.
+                match unsafe { device.record(&mut issue)? } {
+                    Some(recording) => {
+                        device.replay(&recording)?;
+                        *recorded = RecordedStep::Recorded(recording);
+                    }
+                    None => issue()?,
+                }
+            }
+            RecordedStep::Recorded(recording) => device.replay(recording)?,
+        }
         Ok(())
     }
 }

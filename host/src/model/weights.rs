@@ -63,7 +63,8 @@ impl Weights {
         config: &Config,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        let total = gguf.tensors().map(|tensor| tensor.info.n_bytes as u64).sum();
+        let uploaded = gguf.tensors().filter(|tensor| tensor.info.name != ROPE_FACTORS);
+        let total = uploaded.map(|tensor| tensor.info.n_bytes as u64).sum();
         let mut loader = Loader { device, gguf, progress, done: 0, total };
         let output = match gguf.tensor_info("output.weight").is_some() {
             true => Some(loader.matrix("output.weight")?),
@@ -114,13 +115,15 @@ impl Layer {
     }
 }
 
+/// Goes into the rotation's frequencies, and is no weight on the device.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+
 /// The factors that divide the rotation's frequencies, where the file has them (llama 3).
 pub(super) fn rope_factors(gguf: &Gguf) -> Result<Option<Vec<f32>>> {
-    let name = "rope_freqs.weight";
-    if gguf.tensor_info(name).is_none() {
+    if gguf.tensor_info(ROPE_FACTORS).is_none() {
         return Ok(None);
     }
-    Ok(Some(floats(gguf, name)?))
+    Ok(Some(floats(gguf, ROPE_FACTORS)?))
 }
 
 /// Uploads tensors by name and reports how far it is.

@@ -1,0 +1,471 @@
+//! The model layer: every operation of the forward pass against f64, sessions, and what loading refuses.
+
+mod made_up;
+mod reference;
+
+use crate::kernels::{Random, assert_close, devices, nmse};
+use crate::tiny_model::{N_EMBD, N_FF, TinyModel};
+use gpu_kernels::step::Step;
+use host::device::Device;
+use host::gguf::{GgmlType, Gguf};
+use host::model::{
+    Activations, Buffers, FfnBuffers, Halt, Model, ModelOptions, Op, Point, Probe, Session, ffn, layer,
+};
+use host::ops::KvLayer;
+use made_up::{K_QUANTS, LLAMA, MIXED, MadeUp, QWEN2, SHAPES, Shape};
+use reference::{Reference, unwatched};
+use std::collections::HashMap;
+
+/// On the exact path, how far one operation may be from f64 on the same input, as part of its largest value.
+const OPERATION: f64 = 4e-6;
+/// On the exact path, how far any value of a whole run may be from f64, as part of the largest of its vector: a key
+/// or value that rounds to the other neighbour in f16 is off by 1/2048.
+const RUN: f64 = 1e-3;
+/// On the Q8_1 path, the NMSE of one operation against f64 on the same input: the bound that ggml's own tests use.
+const Q8_1_OPERATION: f64 = 5e-4;
+/// On the Q8_1 path, the NMSE of the logits of a whole run: about as much for each of its dozen roundings.
+const Q8_1_RUN: f64 = 1e-2;
+
+/// Short, with a token that comes twice and the vocabulary's first.
+const PROMPT: [u32; 6] = [3, 10, 0, 7, 3, 9];
+
+fn load(device: &Device, made_up: &MadeUp, activations: Activations) -> Model {
+    load_with(device, &made_up.gguf, &ModelOptions { activations, ..ModelOptions::default() }).unwrap()
+}
+
+fn load_with(device: &Device, gguf: &Gguf, options: &ModelOptions) -> anyhow::Result<Model> {
+    Model::load(device.clone(), gguf, options, &mut |_, _| {})
+}
+
+/// The one line a user sees when a model does not load.
+#[track_caller]
+fn refusal(device: &Device, gguf: &Gguf, options: &ModelOptions) -> String {
+    let line = format!("{:#}", load_with(device, gguf, options).err().expect("the model must not load"));
+    assert!(!line.contains('\n'), "{line}");
+    line
+}
+
+fn logits(session: &mut Session) -> Vec<f32> {
+    let mut logits = Vec::new();
+    session.logits(&mut logits).unwrap();
+    logits
+}
+
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |max, v| v.abs().max(max))
+}
+
+fn widened(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&v| v.into()).collect()
+}
+
+/// Every point of the forward pass.
+fn points(shape: &Shape) -> impl Iterator<Item = Point> {
+    const IN_LAYER: [Op; 11] = [
+        Op::AttnNorm,
+        Op::Q,
+        Op::K,
+        Op::V,
+        Op::QRope,
+        Op::KRope,
+        Op::Attention,
+        Op::AttnOutput,
+        Op::FfnNorm,
+        Op::FfnSwiglu,
+        Op::FfnOutput,
+    ];
+    let outside = [Op::Embed, Op::OutputNorm, Op::Logits].map(|op| Point { op, layer: 0 });
+    let layers = 0..shape.n_layer;
+    outside.into_iter().chain(layers.flat_map(|layer| IN_LAYER.map(|op| Point { op, layer })))
+}
+
+/// What every point of the forward pass holds, for each token of [`PROMPT`].
+fn trace(made_up: &MadeUp, model: &Model) -> Vec<HashMap<Point, Vec<f32>>> {
+    let mut session = model.session().unwrap();
+    PROMPT
+        .iter()
+        .map(|&token| {
+            let mut at = |point| session.run_until(token, point).unwrap();
+            let values = points(made_up.shape).map(|point| (point, at(point))).collect();
+            session.feed(&[token]).unwrap();
+            values
+        })
+        .collect()
+}
+
+/// Calls `check` with what the device made at every point and what f64 makes of the device's own earlier values.
+fn check_operations(made_up: &MadeUp, model: &Model, check: &mut impl FnMut(&str, &[f32], &[f64])) {
+    let mut reference = Reference::new(made_up);
+    for (position, (&token, device)) in PROMPT.iter().zip(trace(made_up, model)).enumerate() {
+        let mut n_points = 0;
+        reference.token(token, &mut |op, layer, expected| {
+            n_points += 1;
+            let found = &device[&Point { op, layer }];
+            let what = format!("{}, {op:?} of layer {layer}, position {position}", made_up.shape.what);
+            check(&format!("{what} on {}", model.device().describe()), found, &expected);
+            widened(found)
+        });
+        assert_eq!(n_points, device.len(), "points that the reference does not know");
+    }
+}
+
+#[test]
+fn every_operation_matches_f64() {
+    for made_up in SHAPES.map(MadeUp::new) {
+        for device in devices() {
+            let model = load(device, &made_up, Activations::F32);
+            check_operations(&made_up, &model, &mut |what, found, expected| {
+                assert_close(found, expected, OPERATION, largest(expected), what);
+            });
+        }
+    }
+}
+
+#[test]
+fn whole_runs_match_f64() {
+    for made_up in SHAPES.map(MadeUp::new) {
+        for device in devices() {
+            let model = load(device, &made_up, Activations::F32);
+            let mut reference = Reference::new(&made_up);
+            for (&token, values) in PROMPT.iter().zip(trace(&made_up, &model)) {
+                reference.token(token, &mut |op, layer, expected| {
+                    let what = format!("{}, {op:?} of layer {layer}", made_up.shape.what);
+                    assert_close(&values[&Point { op, layer }], &expected, RUN, largest(&expected), &what);
+                    expected
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn every_operation_on_q8_1_is_near_f64() {
+    for made_up in SHAPES.map(MadeUp::new) {
+        for device in devices() {
+            let model = load(device, &made_up, Activations::Q8_1);
+            check_operations(&made_up, &model, &mut |what, found, expected| {
+                let error = nmse(found, expected);
+                assert!(error < Q8_1_OPERATION, "{what}: NMSE {error:e}");
+            });
+        }
+    }
+}
+
+#[test]
+fn logits_on_q8_1_are_near_f64() {
+    for made_up in SHAPES.map(MadeUp::new) {
+        for device in devices() {
+            let model = load(device, &made_up, Activations::Q8_1);
+            let mut session = model.session().unwrap();
+            let mut reference = Reference::new(&made_up);
+            for token in PROMPT {
+                session.feed(&[token]).unwrap();
+                let expected = reference.token(token, &mut unwatched);
+                let error = nmse(&logits(&mut session), &expected);
+                assert!(error < Q8_1_RUN, "{}: NMSE {error:e}", made_up.shape.what);
+            }
+        }
+    }
+}
+
+#[test]
+fn ffn_matches_f64() {
+    for made_up in SHAPES.map(MadeUp::new) {
+        let &Shape { n_embd, n_ff, n_layer, .. } = made_up.shape;
+        for device in devices() {
+            for activations in [Activations::F32, Activations::Q8_1] {
+                let model = load(device, &made_up, activations);
+                let mut buffers = FfnBuffers::alloc(device, n_embd, n_ff).unwrap();
+                let mut random = Random::new(1);
+                for index in 0..n_layer {
+                    let x = random.vector(n_embd);
+                    let expected = Reference::new(&made_up).ffn(index, &widened(&x));
+                    let check = |found: &[f32], expected: &[f64]| match activations {
+                        Activations::F32 => {
+                            assert_close(found, expected, OPERATION, largest(expected), made_up.shape.what)
+                        }
+                        Activations::Q8_1 => {
+                            let error = nmse(found, expected);
+                            assert!(error < Q8_1_OPERATION, "{}: NMSE {error:e}", made_up.shape.what);
+                        }
+                    };
+                    check(&model.ffn_from_slice(index, &x).unwrap(), &expected);
+
+                    // On device buffers the network adds to what is there.
+                    let input = device.alloc_from(&x).unwrap();
+                    let before = random.vector(n_embd);
+                    let mut output = device.alloc_from(&before).unwrap();
+                    let weights = model.weights().layer(index).unwrap();
+                    ffn(device, weights, activations, &input, &mut output, &mut buffers).unwrap();
+                    let added: Vec<f64> = expected.iter().zip(widened(&before)).map(|(a, b)| a + b).collect();
+                    check(&device.to_vec(&output).unwrap(), &added);
+                    assert_eq!(device.to_vec(&input).unwrap(), x);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ffn_names_what_does_not_fit() {
+    let made_up = MadeUp::new(&LLAMA);
+    for device in devices() {
+        let model = load(device, &made_up, Activations::F32);
+        let message = |result: anyhow::Result<Vec<f32>>| format!("{:#}", result.unwrap_err());
+        let line = message(model.ffn_from_slice(0, &[0.0; 95]));
+        assert_eq!(line, "the hidden state has 95 values, not 96");
+        let line = message(model.ffn_from_slice(3, &[0.0; 96]));
+        assert_eq!(line, "the model has 3 layers, there is no layer 3");
+
+        let weights = model.weights().layer(0).unwrap();
+        let zeros = |len| device.alloc_from(&vec![0.0f32; len]).unwrap();
+        for (activations, n_x, n_y, n_ff, expected) in [
+            (Activations::F32, 95, 96, 160, "the matrix is 160 x 96, the vector has 95 values"),
+            (Activations::Q8_1, 95, 96, 160, "buffer x has 95 values, 96 are needed"),
+            (Activations::F32, 96, 95, 160, "buffer y has 95 values, 96 are needed"),
+            (Activations::Q8_1, 96, 96, 128, "buffer y has 128 values, 160 are needed"),
+        ] {
+            let mut buffers = FfnBuffers::alloc(device, 96, n_ff).unwrap();
+            let error = ffn(device, weights, activations, &zeros(n_x), &mut zeros(n_y), &mut buffers);
+            let line = format!("{:#}", error.unwrap_err());
+            assert!(line.contains(expected), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_layer_on_device_buffers_matches_f64() {
+    for made_up in [&LLAMA, &QWEN2, &MIXED].map(MadeUp::new) {
+        let shape = made_up.shape;
+        for device in devices() {
+            let model = load(device, &made_up, Activations::F32);
+            let index = shape.n_layer - 1;
+            let weights = model.weights().layer(index).unwrap();
+            let mut buffers = Buffers::alloc(device, model.config()).unwrap();
+            let mut cache = KvLayer::alloc(device, shape.n_head_kv, 4, shape.head_dim).unwrap();
+            let mut run = |x: &[f32], position, stop| {
+                device.upload(&mut buffers.x, x).unwrap();
+                device.upload(&mut buffers.step, &[Step { token: 0, position }]).unwrap();
+                layer(device, weights, model.settings(), &mut cache, &mut buffers, index, Probe { stop })?;
+                Ok::<_, Halt>(device.to_vec(&buffers.x).unwrap())
+            };
+            let mut reference = Reference::new(&made_up);
+            let mut random = Random::new(2);
+            for position in 0..4 {
+                let x = random.vector(shape.n_embd);
+                let mut attention = Vec::new();
+                let expected = reference.layer(index, widened(&x), &mut |op, _, values| {
+                    if op == Op::Attention {
+                        attention.clone_from(&values);
+                    }
+                    values
+                });
+                match run(&x, position, Some(Point { op: Op::Attention, layer: index })) {
+                    Err(Halt::At(found)) => {
+                        assert_close(&found, &attention, RUN, largest(&attention), shape.what);
+                    }
+                    other => panic!("the probe did not stop the layer: {other:?}"),
+                }
+                let found = run(&x, position, None).unwrap();
+                assert_close(&found, &expected, RUN, largest(&expected), shape.what);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_truncated_session_goes_on_as_if_it_had_never_been_longer() {
+    for made_up in [&MIXED, &QWEN2].map(MadeUp::new) {
+        for device in devices() {
+            for activations in [Activations::F32, Activations::Q8_1] {
+                let model = load(device, &made_up, activations);
+                let mut session = model.session().unwrap();
+                session.feed(&PROMPT).unwrap();
+                session.truncate(2);
+                assert_eq!(session.position(), 2);
+                session.feed(&[5, 1]).unwrap();
+
+                let mut fresh = model.session().unwrap();
+                fresh.feed(&PROMPT[..2]).unwrap();
+                fresh.feed(&[5, 1]).unwrap();
+                assert_eq!(logits(&mut session), logits(&mut fresh), "{}", made_up.shape.what);
+
+                // To nothing, and to more than there is.
+                session.truncate(0);
+                session.feed(&PROMPT).unwrap();
+                session.truncate(100);
+                assert_eq!(session.position(), PROMPT.len());
+                let mut fresh = model.session().unwrap();
+                fresh.feed(&PROMPT).unwrap();
+                assert_eq!(logits(&mut session), logits(&mut fresh), "{}", made_up.shape.what);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prompt_gives_the_same_logits_at_once_and_token_by_token() {
+    for made_up in SHAPES.map(MadeUp::new) {
+        for device in devices() {
+            for activations in [Activations::F32, Activations::Q8_1] {
+                let model = load(device, &made_up, activations);
+                let [mut at_once, mut one_by_one] = [(); 2].map(|()| model.session().unwrap());
+                at_once.feed(&PROMPT).unwrap();
+                for token in PROMPT {
+                    // A look at an operation leaves no trace, also where other tokens would follow.
+                    one_by_one.run_until(1, Point { op: Op::FfnOutput, layer: 0 }).unwrap();
+                    one_by_one.feed(&[token]).unwrap();
+                }
+                assert_eq!(at_once.position(), one_by_one.position());
+                assert_eq!(logits(&mut at_once), logits(&mut one_by_one), "{}", made_up.shape.what);
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_is_the_argmax_of_the_logits() {
+    for made_up in SHAPES.map(MadeUp::new) {
+        for device in devices() {
+            let model = load(device, &made_up, Activations::default());
+            let mut session = model.session().unwrap();
+            for token in PROMPT {
+                session.feed(&[token]).unwrap();
+                let greedy = session.greedy().unwrap();
+                let logits = logits(&mut session);
+                assert_eq!(logits.len(), made_up.shape.n_vocab);
+                let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let argmax = logits.iter().position(|&logit| logit == best).unwrap();
+                assert_eq!(greedy as usize, argmax, "{}", made_up.shape.what);
+            }
+        }
+    }
+}
+
+#[test]
+fn logits_are_only_there_after_a_token_was_fed() {
+    #[track_caller]
+    fn check_absent(session: &mut Session) {
+        for error in [session.logits(&mut Vec::new()).err(), session.greedy().err()] {
+            assert_eq!(error.unwrap().to_string(), "there are no logits: no token was fed");
+        }
+    }
+    let made_up = MadeUp::new(&LLAMA);
+    for device in devices() {
+        let model = load(device, &made_up, Activations::F32);
+        let mut session = model.session().unwrap();
+        check_absent(&mut session);
+        session.feed(&[]).unwrap();
+        check_absent(&mut session);
+        session.feed(&PROMPT).unwrap();
+        let before = logits(&mut session);
+        session.feed(&[]).unwrap();
+        session.truncate(PROMPT.len());
+        assert_eq!(logits(&mut session), before);
+        session.truncate(PROMPT.len() - 1);
+        check_absent(&mut session);
+        session.feed(&[1]).unwrap();
+        session.run_until(1, Point { op: Op::Logits, layer: 0 }).unwrap();
+        check_absent(&mut session);
+    }
+}
+
+#[test]
+fn a_session_refuses_what_does_not_fit_and_stays_as_it_was() {
+    let made_up = MadeUp::new(&LLAMA);
+    let options = ModelOptions { n_ctx: Some(8), ..ModelOptions::default() };
+    for device in devices() {
+        let model = load_with(device, &made_up.gguf, &options).unwrap();
+        assert_eq!(model.n_ctx(), 8);
+        let mut session = model.session().unwrap();
+        session.feed(&PROMPT).unwrap();
+        let before = logits(&mut session);
+        for (tokens, expected) in [
+            (&[1, 37][..], "token 37 is not in the vocabulary of 37 tokens"),
+            (&[u32::MAX], "token 4294967295 is not in the vocabulary of 37 tokens"),
+            (&[1, 2, 3], "3 tokens do not fit: the context has room for 8, 6 are in it"),
+        ] {
+            assert_eq!(session.feed(tokens).unwrap_err().to_string(), expected);
+            assert_eq!(session.check(tokens).unwrap_err().to_string(), expected);
+            assert_eq!(session.position(), PROMPT.len());
+            assert_eq!(logits(&mut session), before);
+        }
+        let mut run_until = |token, op, layer| {
+            let line = session.run_until(token, Point { op, layer }).unwrap_err().to_string();
+            assert_eq!(session.position(), PROMPT.len());
+            line
+        };
+        assert_eq!(run_until(1, Op::Q, 3), "the model has 3 layers, there is no layer 3");
+        assert_eq!(run_until(37, Op::Q, 0), "token 37 is not in the vocabulary of 37 tokens");
+        let line = run_until(1, Op::Embed, 1);
+        assert!(line.contains("operations outside the layers count as layer 0"), "{line}");
+
+        // The last places are usable.
+        session.feed(&[1, 2]).unwrap();
+        let line = session.run_until(1, Point { op: Op::Q, layer: 0 }).unwrap_err().to_string();
+        assert_eq!(line, "1 tokens do not fit: the context has room for 8, 8 are in it");
+    }
+}
+
+#[test]
+fn a_context_that_does_not_fit_the_model_is_refused() {
+    let made_up = MadeUp::new(&LLAMA);
+    let with = |n_ctx| ModelOptions { n_ctx, ..ModelOptions::default() };
+    for device in devices() {
+        let line = refusal(device, &made_up.gguf, &with(Some(0)));
+        assert!(line.contains("a context of 0 tokens"), "{line}");
+        let line = refusal(device, &made_up.gguf, &with(Some(65)));
+        let expected = "(memory): a context of 65 tokens is wanted, the model was trained for 64";
+        assert_eq!(line, expected);
+        for n_ctx in [Some(64), None] {
+            assert_eq!(load_with(device, &made_up.gguf, &with(n_ctx)).unwrap().n_ctx(), 64);
+        }
+    }
+}
+
+#[test]
+fn loading_names_the_file_and_the_tensor() {
+    let up = "blk.1.ffn_up.weight";
+    let [mut missing, mut misshapen, mut unsupported] = [(); 3].map(|()| TinyModel::llama());
+    missing.unset_tensor(up);
+    misshapen.set_tensor(up, &[N_EMBD, N_FF + 32], GgmlType::Q8_0);
+    unsupported.set_tensor(up, &[N_EMBD, N_FF], GgmlType::Q5_0);
+    let folder = tempfile::tempdir().unwrap();
+    for (name, model, expected) in [
+        ("missing.gguf", missing, "is missing: needed one of shape [64, 96]"),
+        ("misshapen.gguf", misshapen, "needed the shape [64, 96], found [64, 128]"),
+        ("unsupported.gguf", unsupported, "needed the type F32, F16, Q8_0, Q4_1, Q4_K, Q6_K, found Q5_0"),
+    ] {
+        let path = folder.path().join(name);
+        std::fs::write(&path, model.to_bytes()).unwrap();
+        let gguf = Gguf::open(&path).unwrap();
+        for device in devices() {
+            let line = refusal(device, &gguf, &ModelOptions::default());
+            assert!(line.starts_with(&format!("{}: tensor \"{up}\"", path.display())), "{line}");
+            assert!(line.contains(expected), "{line}");
+        }
+    }
+}
+
+#[test]
+fn loading_reports_every_byte_and_a_token_reads_most_of_them() {
+    for made_up in [&LLAMA, &MIXED, &K_QUANTS].map(MadeUp::new) {
+        let size = |name: &str| made_up.gguf.tensor_info(name).map_or(0, |info| info.n_bytes as u64);
+        let all: u64 = made_up.gguf.tensors().map(|tensor| tensor.info.n_bytes as u64).sum();
+        for device in devices() {
+            let mut calls = Vec::new();
+            let options = ModelOptions::default();
+            let mut progress = |done, total| calls.push((done, total));
+            let model = Model::load(device.clone(), &made_up.gguf, &options, &mut progress).unwrap();
+            assert!(calls.is_sorted_by(|a, b| a.0 < b.0 && a.1 == b.1), "{calls:?}");
+            let &(done, total) = calls.last().unwrap();
+            assert_eq!(done, total, "{}", made_up.shape.what);
+
+            // One row of the embeddings, and all of them where they also make the logits.
+            let embeddings = size("token_embd.weight");
+            let unread = if made_up.shape.tied { 0 } else { embeddings };
+            let read = all - size("rope_freqs.weight") - unread + embeddings / made_up.shape.n_vocab as u64;
+            assert_eq!(model.weight_bytes_per_token(), read, "{}", made_up.shape.what);
+        }
+    }
+}
