@@ -96,13 +96,7 @@ impl CudaBuilder {
             .args(["-Zbuild-std=core", "--target", TARGET, "--target-dir"])
             .arg(&target_dir)
             .args(["--", "--emit=asm", "-Clinker=true"])
-            .env(
-                "RUSTFLAGS",
-                format!(
-                    "-Ctarget-cpu={} -Ctarget-feature=+{PTX_VERSION} -Zunstable-options -Cpanic=immediate-abort",
-                    self.arch
-                ),
-            )
+            .env("RUSTFLAGS", self.rustflags()?)
             .status()
             .with_context(|| format!("cannot run {}", toolchain.cargo.display()))?;
         ensure!(status.success(), "the kernels in {} do not compile for {}", crate_dir.display(), self.arch);
@@ -114,6 +108,23 @@ impl CudaBuilder {
             Some(path) => ptx.copy_to(path),
             None => Ok(ptx),
         }
+    }
+}
+
+impl CudaBuilder {
+    /// The compiler's flags. Device code asks for instructions of newer GPUs with `cfg(cuda_sm_90)`: compute
+    /// capability 9.0 or later.
+    fn rustflags(&self) -> Result<String> {
+        let number: u32 = self
+            .arch
+            .strip_prefix("sm_")
+            .and_then(|digits| digits.trim_end_matches(|c: char| c.is_ascii_lowercase()).parse().ok())
+            .with_context(|| format!("an architecture is sm_<number>, found {}", self.arch))?;
+        let newer = if number >= 90 { " --cfg cuda_sm_90" } else { "" };
+        Ok(format!(
+            "-Ctarget-cpu={} -Ctarget-feature=+{PTX_VERSION} -Zunstable-options -Cpanic=immediate-abort{newer}",
+            self.arch
+        ))
     }
 }
 

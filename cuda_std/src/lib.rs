@@ -28,6 +28,7 @@ pub mod atomic;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;
 pub mod float;
+pub mod grid;
 pub mod intrinsics;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod launch;

@@ -1,0 +1,31 @@
+//! Overlap between a kernel and the one before it on the stream (programmatic dependent launch).
+//!
+//! Where the launch allows it, a kernel may start while the one before it still runs. It can then do what depends on
+//! nothing (fetch weights, set up shared memory) until [`wait_for_previous`], after which everything that earlier
+//! kernels wrote is there. A kernel that calls [`let_next_start`] only after it has waited keeps a simple rule for
+//! the one that follows: whatever ran before its direct predecessor is complete from the start.
+//!
+//! Every thread of a kernel launched this way must reach [`wait_for_previous`], also one with nothing to do: the
+//! grid counts as complete once its threads have ended, and the kernel after it relies on that for all before.
+//!
+//! GPUs older than compute capability 9.0 and the emulator run kernels one after the other; both calls do nothing.
+
+/// Waits until the kernels before this one have ended and what they wrote is visible.
+#[inline(always)]
+pub fn wait_for_previous() {
+    // SAFETY: waits, and does nothing else. Not `nomem`: no access to memory may be moved across.
+    #[cfg(all(target_arch = "nvptx64", cuda_sm_90))]
+    unsafe {
+        core::arch::asm!("griddepcontrol.wait;", options(nostack, preserves_flags))
+    }
+}
+
+/// Allows the next kernel to start once all blocks of this one have said so, or have ended.
+#[inline(always)]
+pub fn let_next_start() {
+    // SAFETY: a hint to the scheduler.
+    #[cfg(all(target_arch = "nvptx64", cuda_sm_90))]
+    unsafe {
+        core::arch::asm!("griddepcontrol.launch_dependents;", options(nostack, preserves_flags))
+    }
+}
