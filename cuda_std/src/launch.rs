@@ -24,13 +24,15 @@ impl<A> Kernel<A> {
     /// The kernel that `entry` runs.
     ///
     /// # Safety
-    /// `entry` must read one argument through each pointer, of the types in `A`, and `param_names` must be as many.
+    /// `entry` must read one argument through each pointer, of the types in `A`, and `param_names` must be as many. An
+    /// `overlapping` kernel must call [`wait_for_previous`](crate::grid::wait_for_previous) in every thread.
     pub const unsafe fn new(
         name: &'static str,
         param_names: &'static [&'static str],
+        overlapping: bool,
         entry: unsafe fn(*const *mut c_void),
     ) -> Self {
-        Self { info: KernelInfo { name, param_names, entry, id: Id::new() }, arguments: PhantomData }
+        Self { info: KernelInfo { name, param_names, overlapping, entry, id: Id::new() }, arguments: PhantomData }
     }
 
     /// The kernel without the types of its arguments.
@@ -51,6 +53,8 @@ pub struct KernelInfo {
     pub name: &'static str,
     /// What a launch passes, in order; a slice is `name` and `name_len`.
     pub param_names: &'static [&'static str],
+    /// Whether it may start while the kernel before it still runs, because it waits itself ([`crate::grid`]).
+    pub overlapping: bool,
     /// Runs one thread on the emulator, given a pointer to each argument.
     pub entry: unsafe fn(*const *mut c_void),
     id: Id,

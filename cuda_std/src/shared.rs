@@ -334,6 +334,13 @@ impl<T: SharedValue> DynamicShared<T> {
         self.address
     }
 
+    /// Where element `index` lies in the shared window.
+    #[cfg(target_arch = "nvptx64")]
+    #[inline(always)]
+    pub(crate) fn address_of(self, index: usize) -> Address {
+        element::<T>(self.address, index)
+    }
+
     accesses!();
 }
 

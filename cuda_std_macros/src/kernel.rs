@@ -12,25 +12,34 @@ const MAX_ARGUMENTS: usize = 16;
 /// What stands in the attribute's parentheses.
 struct Options {
     suffix: Option<Ident>,
+    overlapping: bool,
 }
 
 impl Parse for Options {
     fn parse(input: ParseStream) -> Result<Self> {
         let mut suffix = None;
+        let mut overlapping = false;
         while !input.is_empty() {
             let key = Ident::parse_any(input)?;
-            if key != "suffix" {
-                return Err(Error::new(key.span(), "#[kernel] has one option: suffix = NAME"));
-            }
-            input.parse::<Token![=]>()?;
-            if suffix.replace(Ident::parse_any(input)?).is_some() {
-                return Err(Error::new(key.span(), "suffix is given twice"));
+            let twice = if key == "suffix" {
+                input.parse::<Token![=]>()?;
+                suffix.replace(Ident::parse_any(input)?).is_some()
+            } else if key == "overlapping" {
+                std::mem::replace(&mut overlapping, true)
+            } else {
+                return Err(Error::new(
+                    key.span(),
+                    "#[kernel] has two options: suffix = NAME and overlapping",
+                ));
+            };
+            if twice {
+                return Err(Error::new(key.span(), format!("{key} is given twice")));
             }
             if !input.is_empty() {
                 input.parse::<Token![,]>()?;
             }
         }
-        Ok(Self { suffix })
+        Ok(Self { suffix, overlapping })
     }
 }
 
@@ -171,7 +180,7 @@ pub(crate) fn expand(attribute: TokenStream, item: TokenStream) -> Result<TokenS
         None => base,
     };
     let device = device_item(&function, &parameters, &types, &symbol);
-    let host = host_items(&function, &parameters, &types, &symbol);
+    let host = host_items(&function, &parameters, &types, &symbol, options.overlapping);
     Ok(quote! {
         #device
         #host
@@ -216,6 +225,7 @@ fn host_items(
     parameters: &[Parameter],
     types: &[TokenStream],
     symbol: &str,
+    overlapping: bool,
 ) -> TokenStream {
     let ItemFn { attrs, vis, sig, block } = function;
     let ident = &sig.ident;
@@ -255,7 +265,7 @@ fn host_items(
                 unsafe { #ident(#(#arguments),*) }
             }
             // SAFETY: `entry` reads exactly the types that the handle names.
-            unsafe { ::cuda_std::launch::Kernel::new(#symbol, &[#(#names),*], entry) }
+            unsafe { ::cuda_std::launch::Kernel::new(#symbol, &[#(#names),*], #overlapping, entry) }
         };
     }
 }
@@ -297,9 +307,10 @@ mod tests {
     }
 
     #[test]
-    fn options_other_than_suffix_are_refused() {
+    fn unknown_and_repeated_options_are_refused() {
         assert_eq!(error("prefix = a", "unsafe fn k() {}").0, "prefix");
         assert!(error("suffix = a, suffix = b", "unsafe fn k() {}").1.contains("twice"));
+        assert!(error("overlapping, overlapping", "unsafe fn k() {}").1.contains("twice"));
         assert!(!error("suffix", "unsafe fn k() {}").1.is_empty());
     }
 
@@ -316,6 +327,12 @@ mod tests {
         let code = expanded("suffix = q4_k", "pub unsafe fn gemv(n: u32) {}");
         assert!(code.contains("export_name = \"gemv_q4_k\""), "{code}");
         assert!(code.contains("fn gemv (") && code.contains("static GEMV :"), "{code}");
+    }
+
+    #[test]
+    fn the_handle_says_whether_kernels_overlap() {
+        assert!(expanded("overlapping", "unsafe fn k() {}").contains("& [] , true , entry"));
+        assert!(expanded("suffix = a", "unsafe fn k() {}").contains("& [] , false , entry"));
     }
 
     #[test]
