@@ -95,7 +95,7 @@ fn check_model(device: &Device, gguf: &Gguf, limit: impl Fn(&str, Activations) -
     let golden: Value = serde_json::from_str(bounds.golden).unwrap();
     let evaluate = |activations| {
         println!("{} with {activations:?} activations on {}", gguf.file().display(), device.describe());
-        let options = ModelOptions { activations, n_ctx: None };
+        let options = ModelOptions { activations, ..ModelOptions::default() };
         let model = Model::load(device.clone(), gguf, &options, &mut |_, _| {}).unwrap();
         let mut all = Comparison::default();
         for (name, text) in

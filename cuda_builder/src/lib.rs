@@ -31,6 +31,10 @@ const TARGET: &str = "nvptx64-nvidia-cuda";
 /// The PTX version that is written, whatever the architecture: the drivers of CUDA 11.8 and later read it.
 const PTX_VERSION: &str = "ptx78";
 
+/// Loops of a fixed length are unrolled as far as it goes: an array that is indexed at run time lies in local memory
+/// instead of registers. Other loops are not: copies of a body that holds a whole tile only take registers.
+const UNROLLING: &str = "-Cllvm-args=-unroll-threshold=4000 -Cllvm-args=-unroll-runtime=false";
+
 /// Compiles one kernel crate for one GPU architecture.
 #[derive(Clone, Debug)]
 pub struct CudaBuilder {
@@ -122,7 +126,7 @@ impl CudaBuilder {
             .with_context(|| format!("an architecture is sm_<number>, found {}", self.arch))?;
         let newer = if number >= 90 { " --cfg cuda_sm_90" } else { "" };
         Ok(format!(
-            "-Ctarget-cpu={} -Ctarget-feature=+{PTX_VERSION} -Zunstable-options -Cpanic=immediate-abort{newer}",
+            "-Ctarget-cpu={} -Ctarget-feature=+{PTX_VERSION} -Zunstable-options -Cpanic=immediate-abort{newer} {UNROLLING}",
             self.arch
         ))
     }

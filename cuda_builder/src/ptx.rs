@@ -1,6 +1,6 @@
 //! The PTX that came out, and the checks that it must pass before anything loads it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 
 /// A compiled PTX file.
@@ -19,8 +19,15 @@ impl Ptx {
     pub(crate) fn read(path: &Path, arch: &str) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the PTX {}", path.display()))?;
-        check(&text, arch).with_context(|| format!("the PTX {} cannot be used", path.display()))?;
-        Ok(Self { path: path.to_owned(), arch: arch.to_owned(), kernels: kernel_names(&text) })
+        let kernels = check(&text, arch).and_then(|()| {
+            let bounded = with_launch_bounds(&text)?;
+            if bounded != text {
+                std::fs::write(path, &bounded)?;
+            }
+            Ok(kernel_names(&text))
+        });
+        let kernels = kernels.with_context(|| format!("the PTX {} cannot be used", path.display()))?;
+        Ok(Self { path: path.to_owned(), arch: arch.to_owned(), kernels })
     }
 
     /// Copies the file, leaving one with equal content untouched so that nothing after it is rebuilt.
@@ -51,6 +58,31 @@ fn check(text: &str, arch: &str) -> Result<()> {
     Ok(())
 }
 
+/// What a line of the assembly starts with that gives a kernel's launch bounds: `#[kernel(launch_bounds(..))]` writes
+/// it, followed by the kernel's name, the threads of a block, and the blocks on a multiprocessor.
+const LAUNCH_BOUNDS: &str = "// cuda_std launch_bounds ";
+
+/// The text with directives for the launch bounds that its comments give; the comments go.
+fn with_launch_bounds(text: &str) -> Result<String> {
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    let bounds: Vec<String> =
+        lines.iter().filter_map(|line| line.trim().strip_prefix(LAUNCH_BOUNDS)).map(str::to_owned).collect();
+    lines.retain(|line| !line.trim().starts_with(LAUNCH_BOUNDS));
+    for bound in bounds {
+        let [name, threads, blocks] = bound.split(' ').collect::<Vec<_>>()[..] else {
+            bail!("launch bounds are a name and two numbers, found {bound:?}");
+        };
+        let start = format!(".entry {name}(");
+        let entry = lines.iter().position(|line| line.contains(&start));
+        let entry = entry.with_context(|| format!("launch bounds for {name}, which is no kernel"))?;
+        // The directives stand between the parameters and the body.
+        let body = lines[entry..].iter().position(|line| line.trim_start().starts_with('{'));
+        let body = entry + body.with_context(|| format!("the kernel {name} has no body"))?;
+        lines.insert(body, format!(".maxntid {threads}, 1, 1\n.minnctapersm {blocks}"));
+    }
+    Ok(lines.join("\n") + "\n")
+}
+
 fn kernel_names(text: &str) -> Vec<String> {
     text.lines()
         .filter_map(|line| line.split_once(".entry "))
@@ -69,6 +101,22 @@ mod tests {
         let text = format!("{HEAD}.visible .entry rms_norm(\n.visible .entry gemv_q4_k(\n");
         assert!(check(&text, "sm_90").is_ok());
         assert_eq!(kernel_names(&text), ["rms_norm", "gemv_q4_k"]);
+    }
+
+    #[test]
+    fn launch_bounds_become_directives() {
+        let kernel = |name| format!(".visible .entry {name}(\n\t.param .u32 n\n)\n");
+        let comment = "\t// cuda_std launch_bounds b 256 2";
+        let text = format!("{HEAD}{comment}\n{}{{\n}}\n{}{{\n}}\n", kernel("a"), kernel("b"));
+        let expected = format!(
+            "{HEAD}{}{{\n}}\n{}.maxntid 256, 1, 1\n.minnctapersm 2\n{{\n}}\n",
+            kernel("a"),
+            kernel("b")
+        );
+        assert_eq!(with_launch_bounds(&text).unwrap(), expected);
+        assert_eq!(with_launch_bounds(&expected).unwrap(), expected);
+        let error = with_launch_bounds(&text.replace("bounds b", "bounds c")).unwrap_err();
+        assert!(error.to_string().contains("for c, which is no kernel"));
     }
 
     #[test]

@@ -32,7 +32,10 @@ impl<A> Kernel<A> {
         overlapping: bool,
         entry: unsafe fn(*const *mut c_void),
     ) -> Self {
-        Self { info: KernelInfo { name, param_names, overlapping, entry, id: Id::new() }, arguments: PhantomData }
+        Self {
+            info: KernelInfo { name, param_names, overlapping, entry, id: Id::new() },
+            arguments: PhantomData,
+        }
     }
 
     /// The kernel without the types of its arguments.

@@ -312,13 +312,22 @@ impl<T> Copy for DynamicShared<T> {}
 
 impl<T: SharedValue> DynamicShared<T> {
     /// The launch's dynamic shared memory as an array.
+    #[cfg(not(target_arch = "nvptx64"))]
     #[doc(hidden)]
     #[inline(always)]
     pub fn of_launch() -> Self {
-        let (address, bytes) = cfg_select! {
-            target_arch = "nvptx64" => device::dynamic(),
-            _ => with_thread(|thread| thread.dynamic_shared()),
-        };
+        let (address, bytes) = with_thread(|thread| thread.dynamic_shared());
+        Self { address, len: bytes as usize / size_of::<T>(), values: PhantomData }
+    }
+
+    /// An array of `bytes` bytes at an address.
+    ///
+    /// # Safety
+    /// They lie there, in this block's shared memory, at a multiple of 16.
+    #[cfg(target_arch = "nvptx64")]
+    #[doc(hidden)]
+    #[inline(always)]
+    pub unsafe fn at(address: Address, bytes: u32) -> Self {
         Self { address, len: bytes as usize / size_of::<T>(), values: PhantomData }
     }
 
@@ -334,6 +343,16 @@ impl<T: SharedValue> DynamicShared<T> {
         self.address
     }
 
+    /// The same memory as an array of other values.
+    #[inline(always)]
+    pub fn view<U: SharedValue>(self) -> DynamicShared<U> {
+        DynamicShared {
+            address: self.address,
+            len: self.len * size_of::<T>() / size_of::<U>(),
+            values: PhantomData,
+        }
+    }
+
     /// Where element `index` lies in the shared window.
     #[cfg(target_arch = "nvptx64")]
     #[inline(always)]
@@ -342,30 +361,6 @@ impl<T: SharedValue> DynamicShared<T> {
     }
 
     accesses!();
-}
-
-#[cfg(target_arch = "nvptx64")]
-mod device {
-    use core::arch::{asm, global_asm};
-
-    global_asm!(".extern .shared .align 16 .b8 cuda_std_dynamic_shared[];");
-
-    /// Where the launch's dynamic shared memory starts, and its bytes.
-    #[inline(always)]
-    pub(super) fn dynamic() -> (u32, u32) {
-        let (address, bytes);
-        // SAFETY: reads an address and a special register.
-        unsafe {
-            asm!(
-                "mov.u32 {address}, cuda_std_dynamic_shared;",
-                "mov.u32 {bytes}, %dynamic_smem_size;",
-                address = out(reg32) address,
-                bytes = out(reg32) bytes,
-                options(pure, nomem, nostack, preserves_flags),
-            );
-        }
-        (address, bytes)
-    }
 }
 
 /// What a [`shared_array!`](crate::shared_array) is known by on the emulator.
@@ -460,10 +455,49 @@ macro_rules! shared_array {
 
 /// The dynamic shared memory of the launch as an array, a [`DynamicShared`](crate::shared::DynamicShared).
 ///
-/// There is one such memory per block: every use is a view of the same bytes.
+/// ```ignore
+/// let memory = dynamic_shared!(AXPY_MEMORY: [u32]);
+/// ```
+///
+/// There is one such memory per block: every use is a view of the same bytes. The name is a symbol in the PTX, as for
+/// [`shared_array!`].
+#[cfg(target_arch = "nvptx64")]
 #[macro_export]
 macro_rules! dynamic_shared {
-    ($T:ty) => {
+    ($name:ident : [$T:ty]) => {{
+        mod declaration {
+            ::core::arch::global_asm!(concat!(".extern .shared .align 16 .b8 ", stringify!($name), "[];"));
+        }
+        let (address, bytes): (u32, u32);
+        // SAFETY: reads an address and a special register; the memory was declared above, at a multiple of 16.
+        unsafe {
+            ::core::arch::asm!(
+                concat!("mov.u32 {address}, ", stringify!($name), ";"),
+                "mov.u32 {bytes}, %dynamic_smem_size;",
+                address = out(reg32) address,
+                bytes = out(reg32) bytes,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+            $crate::shared::DynamicShared::<$T>::at(address, bytes)
+        }
+    }};
+}
+
+/// The dynamic shared memory of the launch as an array, a [`DynamicShared`](crate::shared::DynamicShared).
+///
+/// ```
+/// # use cuda_std::{kernel, dynamic_shared};
+/// # #[kernel] pub unsafe fn axpy() {
+/// let memory = dynamic_shared!(AXPY_MEMORY: [u32]);
+/// # }
+/// ```
+///
+/// There is one such memory per block: every use is a view of the same bytes. The name is a symbol in the PTX, as for
+/// [`shared_array!`].
+#[cfg(not(target_arch = "nvptx64"))]
+#[macro_export]
+macro_rules! dynamic_shared {
+    ($name:ident : [$T:ty]) => {
         $crate::shared::DynamicShared::<$T>::of_launch()
     };
 }

@@ -4,7 +4,7 @@ use proc_macro2::{Span, TokenStream};
 use quote::{format_ident, quote};
 use syn::ext::IdentExt;
 use syn::parse::{Parse, ParseStream};
-use syn::{Error, FnArg, Ident, ItemFn, Pat, Result, ReturnType, Token, Type};
+use syn::{Error, FnArg, Ident, ItemFn, LitInt, Pat, Result, ReturnType, Token, Type};
 
 /// Arguments of a launch: tuples of more have no `KernelArgs`.
 const MAX_ARGUMENTS: usize = 16;
@@ -13,12 +13,15 @@ const MAX_ARGUMENTS: usize = 16;
 struct Options {
     suffix: Option<Ident>,
     overlapping: bool,
+    /// Threads of a block, and blocks that fit on a multiprocessor at once.
+    launch_bounds: Option<(u32, u32)>,
 }
 
 impl Parse for Options {
     fn parse(input: ParseStream) -> Result<Self> {
         let mut suffix = None;
         let mut overlapping = false;
+        let mut launch_bounds = None;
         while !input.is_empty() {
             let key = Ident::parse_any(input)?;
             let twice = if key == "suffix" {
@@ -26,10 +29,17 @@ impl Parse for Options {
                 suffix.replace(Ident::parse_any(input)?).is_some()
             } else if key == "overlapping" {
                 std::mem::replace(&mut overlapping, true)
+            } else if key == "launch_bounds" {
+                let content;
+                syn::parenthesized!(content in input);
+                let threads = content.parse::<LitInt>()?.base10_parse()?;
+                content.parse::<Token![,]>()?;
+                let blocks = content.parse::<LitInt>()?.base10_parse()?;
+                launch_bounds.replace((threads, blocks)).is_some()
             } else {
                 return Err(Error::new(
                     key.span(),
-                    "#[kernel] has two options: suffix = NAME and overlapping",
+                    "the options of #[kernel] are suffix = NAME, overlapping and launch_bounds(THREADS, BLOCKS)",
                 ));
             };
             if twice {
@@ -39,7 +49,7 @@ impl Parse for Options {
                 input.parse::<Token![,]>()?;
             }
         }
-        Ok(Self { suffix, overlapping })
+        Ok(Self { suffix, overlapping, launch_bounds })
     }
 }
 
@@ -179,7 +189,7 @@ pub(crate) fn expand(attribute: TokenStream, item: TokenStream) -> Result<TokenS
         Some(suffix) => format!("{base}_{}", suffix.unraw()),
         None => base,
     };
-    let device = device_item(&function, &parameters, &types, &symbol);
+    let device = device_item(&function, &parameters, &types, &symbol, options.launch_bounds);
     let host = host_items(&function, &parameters, &types, &symbol, options.overlapping);
     Ok(quote! {
         #device
@@ -193,8 +203,14 @@ fn device_item(
     parameters: &[Parameter],
     types: &[TokenStream],
     symbol: &str,
+    launch_bounds: Option<(u32, u32)>,
 ) -> TokenStream {
     let ItemFn { attrs, vis, sig, block } = function;
+    // rustc has no way to say it: a comment in the assembly, which cuda_builder turns into directives.
+    let bounds = launch_bounds.map(|(threads, blocks)| {
+        let comment = format!("// cuda_std launch_bounds {symbol} {threads} {blocks}");
+        quote!(#[cfg(target_arch = "nvptx64")] ::core::arch::global_asm!(#comment);)
+    });
     let ident = &sig.ident;
     let passed: Vec<Ident> =
         (0..types.len()).map(|i| Ident::new(&format!("argument{i}"), Span::mixed_site())).collect();
@@ -208,6 +224,8 @@ fn device_item(
     });
     let rebuilt: Vec<TokenStream> = rebuilt.collect();
     quote! {
+        #bounds
+
         #[cfg(target_arch = "nvptx64")]
         #(#attrs)*
         #[allow(unused_unsafe, improper_ctypes_definitions, clippy::too_many_arguments)]
@@ -310,6 +328,7 @@ mod tests {
     fn unknown_and_repeated_options_are_refused() {
         assert_eq!(error("prefix = a", "unsafe fn k() {}").0, "prefix");
         assert!(error("suffix = a, suffix = b", "unsafe fn k() {}").1.contains("twice"));
+        assert!(error("launch_bounds(1)", "unsafe fn k() {}").1.contains("expected"));
         assert!(error("overlapping, overlapping", "unsafe fn k() {}").1.contains("twice"));
         assert!(!error("suffix", "unsafe fn k() {}").1.is_empty());
     }
@@ -333,6 +352,12 @@ mod tests {
     fn the_handle_says_whether_kernels_overlap() {
         assert!(expanded("overlapping", "unsafe fn k() {}").contains("& [] , true , entry"));
         assert!(expanded("suffix = a", "unsafe fn k() {}").contains("& [] , false , entry"));
+    }
+
+    #[test]
+    fn launch_bounds_become_a_comment_in_the_assembly() {
+        let code = expanded("suffix = a, launch_bounds(256, 2)", "unsafe fn k() {}");
+        assert!(code.contains("\"// cuda_std launch_bounds k_a 256 2\""), "{code}");
     }
 
     #[test]

@@ -29,6 +29,10 @@ use proc_macro::TokenStream;
 ///   kernel calls.
 /// - `#[kernel(suffix = q4_k)]` names the kernel `axpy_q4_k` in the PTX, for kernels that a macro defines once per
 ///   module.
+/// - `#[kernel(overlapping)]` says that the kernel waits for the one before it by itself
+///   (`cuda_std::grid::wait_for_previous`), so that a launch may start it early.
+/// - `#[kernel(launch_bounds(256, 2))]` promises at most 256 threads in a block and asks that two blocks fit on a
+///   multiprocessor: the driver's compiler then gives a thread no more registers than that allows.
 #[proc_macro_attribute]
 pub fn kernel(attribute: TokenStream, item: TokenStream) -> TokenStream {
     kernel::expand(attribute.into(), item.into()).unwrap_or_else(syn::Error::into_compile_error).into()

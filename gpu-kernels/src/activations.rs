@@ -2,13 +2,23 @@
 //!
 //! Q8_1 holds blocks of 32 values: `d = max|x| / 127`, `q = round(x / d)` as signed bytes, and the sum of the
 //! integers, which the minimum term of a weight format needs (llama.cpp's block_q8_1, with both numbers in full
-//! precision). Integers and scales lie in two arrays, so that 16 integers are one aligned load.
+//! precision).
+//!
+//! A matrix kernel puts its vector into shared memory once per block, in planes like a tile's, and a lane reads the
+//! unit that meets its weights.
 
-use crate::formats::{RUN, UNIT, WeightFormat, WeightUnit};
+use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
 use bytemuck::{Pod, Zeroable};
+use cuda_std::float::{abs, max, mul_add, round_ties_even};
+use cuda_std::shared::DynamicShared;
+use cuda_std::warp::{FULL_MASK, warp_reduce_add, warp_reduce_max};
 
 /// Values in a Q8_1 block.
-pub const Q8_1_BLOCK: usize = 32;
+pub const Q8_1_BLOCK: usize = UNIT;
+/// Values that a thread quantizes: one word of integers.
+pub const VALUES_PER_THREAD: usize = 4;
+/// Neighbouring lanes that share a Q8_1 block.
+pub const LANES_PER_BLOCK: u32 = (Q8_1_BLOCK / VALUES_PER_THREAD) as u32;
 
 /// What a Q8_1 block holds besides its integers.
 #[repr(C, align(8))]
@@ -20,55 +30,101 @@ pub struct Q8_1Scale {
     pub sum: i32,
 }
 
-/// A vector that a weight row can be multiplied with.
-pub trait Activations: Copy {
-    /// What a lane holds of it for one unit of weights.
-    type Unit;
+/// Four values in Q8_1, with the factor of their block: what [`quantize`] gives each lane.
+#[derive(Clone, Copy, Debug)]
+pub struct Quantized {
+    /// The integers, lowest column in the lowest byte.
+    pub word: u32,
+    /// Their block's factor.
+    pub d: f32,
+    /// The sum of their block's integers.
+    pub sum: i32,
+}
 
-    /// Reads the values in the columns of unit `unit`.
-    ///
-    /// # Safety
-    /// The vector must have `n_cols` values and `unit` must be below `n_cols.div_ceil(UNIT)`.
-    unsafe fn load<F: WeightFormat>(self, unit: usize, n_cols: usize) -> Self::Unit;
+/// Q8_1 of 32 values that lie in eight neighbouring lanes, four each. All lanes of the warp take part.
+#[inline(always)]
+pub fn quantize(values: [f32; VALUES_PER_THREAD]) -> Quantized {
+    let amax = values.iter().fold(0.0, |amax, &value| max(amax, abs(value)));
+    let amax = warp_reduce_max(FULL_MASK, amax, LANES_PER_BLOCK);
+    let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
+    let integers = values.map(|value| round_ties_even(value * inverse) as i32);
+    let sum = warp_reduce_add(FULL_MASK, integers.iter().sum::<i32>(), LANES_PER_BLOCK);
+    let word = integers.iter().rev().fold(0, |packed, &q| packed << 8 | (q as u32 & 0xff));
+    Quantized { word, d: amax / 127.0, sum }
+}
+
+/// A vector in shared memory that tiles of weights can be multiplied with.
+pub trait Activations: Copy {
+    /// Words of shared memory for a unit.
+    const UNIT_WORDS: usize;
+    /// What a lane holds of it for one unit of weights.
+    type Unit: Copy;
+
+    /// Stores four values, `word` counting them from the start of the vector; all lanes of the warp take part, those
+    /// beyond the vector with `word >= n_units * 8` and zeros.
+    fn store(memory: DynamicShared<u32>, n_units: usize, word: usize, values: [f32; VALUES_PER_THREAD]);
+
+    /// Reads a unit.
+    fn load(memory: DynamicShared<u32>, n_units: usize, unit: usize) -> Self::Unit;
 
     /// The dot product of a unit of weights with the same columns of the vector.
     fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit) -> f32;
 }
 
-/// A Q8_1 vector in device memory: `n_cols.div_ceil(32)` whole blocks, the last one filled up with zeros.
+/// Q8_1: planes of the units' first and second 16 integers, then of their factors and sums, 48 bytes a unit.
 #[derive(Clone, Copy, Debug)]
-pub struct Q8_1 {
-    /// The integers, 16 to an element.
-    pub quants: *const [i32; RUN / 4],
-    /// One element per block.
-    pub scales: *const Q8_1Scale,
-}
+pub struct Q8_1;
 
-/// The part of a Q8_1 vector that meets one unit of weights.
+/// A unit of a Q8_1 vector.
 #[derive(Clone, Copy, Debug)]
 pub struct Q8_1Unit {
-    /// The integers of each run, four to a word.
-    pub quants: [[i32; RUN / 4]; 2],
-    /// The factor of each run.
-    pub d: [f32; 2],
-    /// `d * sum` of the block that [`WeightFormat::min_block`] names.
-    pub block_sum: f32,
+    /// The integers, four to a word.
+    pub quants: [i32; UNIT_WORDS],
+    /// The factor.
+    pub d: f32,
+    /// `d` times the sum of the integers.
+    pub d_sum: f32,
+    /// The sums of the first and the second 16 integers.
+    pub sums: [i32; 2],
+}
+
+impl Q8_1 {
+    /// Stores a word of a block that is quantized already.
+    #[inline(always)]
+    pub fn store_quantized(memory: DynamicShared<u32>, n_units: usize, word: usize, quantized: Quantized) {
+        let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
+        memory.set((part / 4 * n_units + unit) * 4 + part % 4, quantized.word);
+        if part == 0 {
+            let d_sum = quantized.d * quantized.sum as f32;
+            let scales = memory.view::<u64>();
+            let both = u64::from(quantized.d.to_bits()) | u64::from(d_sum.to_bits()) << 32;
+            scales.set(UNIT_WORDS / 2 * n_units + unit, both);
+        }
+    }
 }
 
 impl Activations for Q8_1 {
+    const UNIT_WORDS: usize = UNIT_WORDS + 2;
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    unsafe fn load<F: WeightFormat>(self, unit: usize, _n_cols: usize) -> Q8_1Unit {
-        let columns = F::columns(unit);
-        // SAFETY: both runs and the block in charge are inside the vector, as the caller vouches.
-        unsafe {
-            let block = *self.scales.add(F::min_block(unit));
-            Q8_1Unit {
-                quants: columns.map(|column| *self.quants.add(column / RUN)),
-                d: columns.map(|column| (*self.scales.add(column / Q8_1_BLOCK)).d),
-                block_sum: block.d * block.sum as f32,
-            }
+    fn store(memory: DynamicShared<u32>, n_units: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
+        let quantized = quantize(values);
+        if word < n_units * UNIT_WORDS {
+            Self::store_quantized(memory, n_units, word, quantized);
+        }
+    }
+
+    #[inline(always)]
+    fn load(memory: DynamicShared<u32>, n_units: usize, unit: usize) -> Q8_1Unit {
+        let (low, high) = (memory.get4(unit * 4), memory.get4((n_units + unit) * 4));
+        let quants = core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32);
+        let scales = memory.view::<u64>().get(UNIT_WORDS / 2 * n_units + unit);
+        Q8_1Unit {
+            quants,
+            d: f32::from_bits(scales as u32),
+            d_sum: f32::from_bits((scales >> 32) as u32),
+            sums: half_sums(quants),
         }
     }
 
@@ -78,35 +134,43 @@ impl Activations for Q8_1 {
     }
 }
 
-/// An f32 vector in device memory.
+/// f32: eight planes of four values of each unit.
 #[derive(Clone, Copy, Debug)]
-pub struct F32Vector {
-    /// The values.
-    pub values: *const f32,
+pub struct F32Vector;
+
+/// Where a unit of an f32 vector is: too large to be kept in registers beside the weights.
+#[derive(Clone, Copy, Debug)]
+pub struct F32Unit {
+    memory: DynamicShared<u32>,
+    n_units: usize,
+    unit: usize,
 }
 
 impl Activations for F32Vector {
-    type Unit = [[f32; RUN]; 2];
+    const UNIT_WORDS: usize = UNIT;
+    type Unit = F32Unit;
 
     #[inline(always)]
-    unsafe fn load<F: WeightFormat>(self, unit: usize, n_cols: usize) -> Self::Unit {
-        F::columns(unit).map(|start| {
-            core::array::from_fn(|i| {
-                // Only formats with blocks of one weight can have a row that ends inside a unit.
-                let inside = F::BLOCK_LEN.is_multiple_of(UNIT) || start + i < n_cols;
-                // SAFETY: the column is inside the vector, as the caller vouches.
-                if inside { unsafe { *self.values.add(start + i) } } else { 0.0 }
-            })
-        })
+    fn store(memory: DynamicShared<u32>, n_units: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
+        if word < n_units * UNIT_WORDS {
+            let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
+            memory.set4((part * n_units + unit) * 4, values.map(f32::to_bits));
+        }
     }
 
     #[inline(always)]
-    fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit) -> f32 {
+    fn load(memory: DynamicShared<u32>, n_units: usize, unit: usize) -> F32Unit {
+        F32Unit { memory, n_units, unit }
+    }
+
+    #[inline(always)]
+    fn dot<W: WeightUnit>(weights: &W, x: &F32Unit) -> f32 {
         let w = weights.dequantize();
         let mut sum = 0.0;
-        for run in 0..2 {
-            for i in 0..RUN {
-                sum += w[run][i] * x[run][i];
+        for part in 0..UNIT_WORDS {
+            let values = x.memory.get4((part * x.n_units + x.unit) * 4).map(f32::from_bits);
+            for i in 0..4 {
+                sum = mul_add(w[4 * part + i], values[i], sum);
             }
         }
         sum

@@ -1,77 +1,79 @@
-//! The embedding of a token: one row of the token-embedding matrix, dequantized.
+//! The start of a token: its embedding, and the angles of its position.
 
-use crate::formats::{UNIT, WeightFormat, WeightUnit};
+use crate::formats::tile::{DeviceTile, Geometry, TILE_ROWS, TILE_UNITS};
+use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
+use crate::gemv::MatrixRef;
+use crate::rope::angle;
 use crate::step::Step;
+use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::kernel;
 use cuda_std::thread::index_1d;
 
 /// Threads in a block.
 pub const BLOCK_DIM: usize = 64;
 
-#[inline(always)]
-unsafe fn embed_row<F: WeightFormat>(
-    weights: *const F::Block,
+/// `out = weights[token]`, one row of the token-embedding matrix dequantized, and cosine and sine of every rotated
+/// pair's angle at the step's position.
+///
+/// # Safety
+/// The pointers are to device memory of the sizes below, the matrix is as its fields say with its rows in natural
+/// order, and the step's token is one of them.
+///
+/// # Parameters
+/// - `weights`: `[n_vocab, n_embd]`
+/// - `step`: holds token and position
+/// - `out`: `[n_embd]`
+/// - `frequencies`: `[n_pairs]`, radians per position
+/// - `rotation`: `[n_pairs]`, cosine and sine
+///
+/// # Thread mapping
+/// One thread per unit of 32 columns, and one per pair; any block size, any grid that covers both.
+#[kernel(overlapping)]
+pub unsafe fn embed(
+    weights: MatrixRef,
     step: *const Step,
     out: *mut f32,
-    n_embd: usize,
+    n_embd: u32,
+    frequencies: *const f64,
+    rotation: *mut [f32; 2],
+    n_pairs: u32,
 ) {
-    let unit = index_1d() as usize;
-    if unit >= n_embd.div_ceil(UNIT) {
+    wait_for_previous();
+    let_next_start();
+    let (index, n_embd) = (index_1d() as usize, n_embd as usize);
+    // SAFETY: the caller vouches for the step; each thread writes its own pair.
+    let step = unsafe {
+        let step = *step;
+        if index < n_pairs as usize {
+            *rotation.add(index) = angle(step.position, frequencies, index);
+        }
+        step
+    };
+    let geometry = Geometry {
+        n_units: n_embd.div_ceil(UNIT),
+        tile_bytes: weights.tile_bytes as usize,
+        last_tile_bytes: weights.last_tile_bytes as usize,
+    };
+    if index >= geometry.n_units {
         return;
     }
-    // SAFETY: the caller vouches for the token's row and for `out`; the unit is inside the row.
-    unsafe {
-        let row = weights.add((*step).token as usize * (n_embd / F::BLOCK_LEN));
-        let values = F::load(row, unit, n_embd).dequantize();
-        for (start, run) in F::columns(unit).into_iter().zip(values) {
-            for (column, value) in (start..).zip(run) {
-                if F::BLOCK_LEN.is_multiple_of(UNIT) || column < n_embd {
-                    *out.add(column) = value;
-                }
+    let (row, tile) = (step.token as usize, index / TILE_UNITS);
+    let place = Place { n_units: geometry.units_of(tile), row: row % TILE_ROWS, unit: index % TILE_UNITS };
+    // SAFETY: the row is one of the matrix's.
+    let source = unsafe { DeviceTile::at(weights.tiles.add(geometry.offset(row / TILE_ROWS, tile))) };
+    macro_rules! dequantize {
+        ($(($Type:ident, $name:ident))*) => {
+            match weights.format {
+                $(f if f == Format::$Type as u32 => <crate::formats::$Type>::unpack(source, place).dequantize(),)*
+                _ => [0.0; UNIT],
             }
+        };
+    }
+    let values = crate::for_each_format!(dequantize);
+    for (i, value) in values.into_iter().enumerate() {
+        if index * UNIT + i < n_embd {
+            // SAFETY: the column is inside `out`, and this thread's own.
+            unsafe { *out.add(index * UNIT + i) = value };
         }
     }
 }
-
-macro_rules! define_kernels {
-    ($(($Type:ident, $name:ident))*) => {$(
-        #[doc = concat!("The kernel for ", stringify!($Type), " embeddings.")]
-        pub mod $name {
-            use super::*;
-            use crate::formats::$Type;
-
-            /// `out = weights[token]`.
-            ///
-            /// # Safety
-            /// The pointers are to device memory of the sizes below, and the step's token is below `n_vocab`.
-            ///
-            /// # Parameters
-            /// - `weights`: `[n_vocab, n_embd]` in blocks, row by row
-            /// - `step`: holds the token
-            /// - `out`: `[n_embd]`
-            ///
-            /// # Thread mapping
-            /// One thread per unit of 32 columns, any block size.
-            #[kernel(suffix = $name)]
-            pub unsafe fn embed(
-                weights: *const u8,
-                step: *const Step,
-                out: *mut f32,
-                n_embd: u32,
-            ) {
-                // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { embed_row::<$Type>(weights.cast(), step, out, n_embd as usize) }
-            }
-        }
-    )*
-
-        /// The embedding kernel for weights in `format`.
-        #[cfg(not(target_arch = "nvptx64"))]
-        pub fn embed_kernel(format: crate::formats::Format) -> &'static cuda_std::launch::Kernel<(*const u8, *const Step, *mut f32, u32)> {
-            match format {
-                $(crate::formats::Format::$Type => &$name::EMBED,)*
-            }
-        }
-    };
-}
-crate::for_each_format!(define_kernels);

@@ -18,6 +18,23 @@ pub enum RopeLayout {
     HalfSplit = 1,
 }
 
+/// A pair of values, rotated by an angle of which cosine and sine are given.
+#[inline(always)]
+pub fn rotate([a, b]: [f32; 2], [cos, sin]: [f32; 2]) -> [f32; 2] {
+    [a * cos - b * sin, a * sin + b * cos]
+}
+
+/// Cosine and sine of `position * frequencies[pair]`.
+///
+/// # Safety
+/// `frequencies` must have the pair.
+#[inline(always)]
+pub unsafe fn angle(position: u32, frequencies: *const f64, pair: usize) -> [f32; 2] {
+    // SAFETY: the caller vouches for the pair.
+    let (sin, cos) = sin_cos(f64::from(position) * unsafe { *frequencies.add(pair) });
+    [cos, sin]
+}
+
 /// Rotates the first `n_rot` values of every head: pair `i` by `position * frequencies[i]` radians.
 ///
 /// # Safety
@@ -55,10 +72,10 @@ pub unsafe fn rope(
     };
     // SAFETY: the pair is inside the head, and only this thread touches it.
     unsafe {
-        let (sin, cos) = sin_cos((*step).position as f64 * *frequencies.add(pair));
         let head = x.add(head * head_dim as usize);
-        let (a, b) = (*head.add(first), *head.add(second));
-        *head.add(first) = a * cos - b * sin;
-        *head.add(second) = a * sin + b * cos;
+        let rotation = angle((*step).position, frequencies, pair);
+        let [a, b] = rotate([*head.add(first), *head.add(second)], rotation);
+        *head.add(first) = a;
+        *head.add(second) = b;
     }
 }

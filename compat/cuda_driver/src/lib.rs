@@ -71,7 +71,49 @@ macro_rules! forward {
     )*};
 }
 
+/// An attribute of a launch, as cuda.h of CUDA 12 declares `CUlaunchAttribute`; `cust_raw` is older than it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct LaunchAttribute {
+    /// Which attribute: [`PROGRAMMATIC_STREAM_SERIALIZATION`] is one.
+    pub id: c_uint,
+    padding: u32,
+    /// The value, a union of 64 bytes; its first word is all that the attribute above needs.
+    pub value: [u32; 16],
+}
+
+impl LaunchAttribute {
+    /// An attribute whose value is one word.
+    pub fn word(id: c_uint, value: u32) -> Self {
+        let mut words = [0; 16];
+        words[0] = value;
+        Self { id, padding: 0, value: words }
+    }
+}
+
+/// The attribute that lets a kernel start before the one ahead of it on the stream has ended
+/// (`CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`).
+pub const PROGRAMMATIC_STREAM_SERIALIZATION: c_uint = 6;
+
+/// A launch's shape, as cuda.h declares `CUlaunchConfig`.
+#[repr(C)]
+pub struct LaunchConfig {
+    /// Blocks in x, y and z.
+    pub grid: [c_uint; 3],
+    /// Threads of a block in x, y and z.
+    pub block: [c_uint; 3],
+    /// Bytes of dynamic shared memory.
+    pub shared_mem_bytes: c_uint,
+    /// The stream.
+    pub stream: CUstream,
+    /// The attributes, `num_attrs` of them.
+    pub attrs: *const LaunchAttribute,
+    /// Their number.
+    pub num_attrs: c_uint,
+}
+
 forward! {
+    fn cuLaunchKernelEx(config: *const LaunchConfig, f: CUfunction, kernel_params: *mut *mut c_void, extra: *mut *mut c_void);
     fn cuArray3DCreate_v2(p_handle: *mut CUarray, p_allocate_array: *const CUDA_ARRAY3D_DESCRIPTOR);
     fn cuArray3DGetDescriptor_v2(p_array_descriptor: *mut CUDA_ARRAY3D_DESCRIPTOR, h_array: CUarray);
     fn cuArrayDestroy(h_array: CUarray);

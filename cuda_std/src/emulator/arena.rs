@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 /// Most bytes of `shared_array!`s in a kernel: more does not assemble.
 const MAX_STATIC: usize = 48 * 1024;
 /// Most bytes of shared memory in all: what an H100 gives one block.
-pub(super) const MAX_TOTAL: usize = 227 * 1024;
+pub const MAX_TOTAL: usize = 227 * 1024;
 
 /// Sixteen bytes, aligned as every shared array is.
 #[repr(C, align(16))]

@@ -30,6 +30,7 @@ mod fiber;
 mod grid;
 mod worker;
 
+pub use arena::MAX_TOTAL as SHARED_BYTES;
 pub use error::LaunchError;
 
 pub(crate) use block::with_thread;

@@ -46,7 +46,7 @@ fn threads_exchange_values_through_shared_arrays() {
 #[kernel]
 pub unsafe fn unwritten(before: *mut f32, after: *mut f32) {
     let array = shared_array!(UNWRITTEN: [f32; 32]);
-    let dynamic = dynamic_shared!(u32);
+    let dynamic = dynamic_shared!(DYNAMIC_WORDS: [u32]);
     let (i, t) = (index_1d() as usize, thread_idx_x() as usize);
     // SAFETY: one element per thread.
     unsafe {
@@ -71,7 +71,7 @@ fn every_block_starts_with_poisoned_memory() {
 /// Sums up a block's values in dynamic shared memory.
 #[kernel]
 pub unsafe fn dynamic_sum(x: *const f32, out: *mut f32, length: *mut usize) {
-    let shared = dynamic_shared!(f32);
+    let shared = dynamic_shared!(DYNAMIC_FLOATS: [f32]);
     let t = thread_idx_x() as usize;
     // SAFETY: four elements per thread, and one thread writes the results.
     unsafe {

@@ -1,10 +1,12 @@
-//! Weight formats: how a row of a weight matrix is stored, and how a kernel reads it.
+//! Weight formats: how a GGUF file stores a row of weights, how the row lies in device memory, and how a kernel
+//! reads it there.
 //!
-//! Kernels take weights in *units* of 32, one unit per lane and step. A unit is two runs of 16 consecutive
-//! columns, placed so that one 16-byte load of nibbles serves a whole unit: a byte of Q4_K, say, holds one
-//! weight of each run. Everything else about a format stays in its file, and a kernel over formats exists once.
+//! In device memory a matrix is a sequence of [tiles](tile): four rows by up to 32 *units* of 32 consecutive columns,
+//! one unit per lane of a warp. A format takes its GGUF blocks apart into *planes* (all quants of the tile, then all
+//! scales ...), so that the lanes of a warp read neighbouring words of any plane; the bytes stay as many. Everything
+//! else about a format stays in its file, and a kernel over formats exists once.
 //!
-//! Adding a format: its file with the block struct and [`WeightFormat`], a row in [`for_each_format!`].
+//! Adding a format: its file with [`WeightFormat`], a row in [`for_each_format!`].
 
 mod f16;
 mod f32;
@@ -12,23 +14,27 @@ mod q4_1;
 mod q4_k;
 mod q6_k;
 mod q8_0;
+pub mod tile;
 
 pub use f16::F16;
 pub use f32::F32;
-pub use q4_1::{BlockQ4_1, Q4_1};
-pub use q4_k::{BlockQ4_K, Q4_K};
-pub use q6_k::{BlockQ6_K, Q6_K};
-pub use q8_0::{BlockQ8_0, Q8_0};
+pub use q4_1::Q4_1;
+pub use q4_k::Q4_K;
+pub use q6_k::Q6_K;
+pub use q8_0::Q8_0;
 
 use crate::activations::Q8_1Unit;
+use cuda_std::float::mul_add;
+use cuda_std::intrinsics::dp4a;
 use cuda_std::intrinsics::dp4a_sum;
+use tile::TileSource;
 
-/// Weights in a run: consecutive columns that share one scale.
-pub const RUN: usize = 16;
-/// Weights in a unit: two runs.
-pub const UNIT: usize = 2 * RUN;
+/// Columns in a unit: what a lane works on at a time, and as many as a Q8_1 block has.
+pub const UNIT: usize = 32;
+/// Words of four 8-bit integers in a unit.
+pub const UNIT_WORDS: usize = UNIT / 4;
 
-/// The table of formats: `callback! { (Type, name) ... }`, where `name` ends the kernels' names in the PTX.
+/// The table of formats: `callback! { (Type, name) ... }`.
 #[macro_export]
 macro_rules! for_each_format {
     ($callback:ident) => {
@@ -45,70 +51,101 @@ macro_rules! for_each_format {
 
 /// A weight format.
 pub trait WeightFormat: Copy {
-    /// One block as it lies in memory; a row is a sequence of them.
-    type Block: Copy;
-    /// Weights in a block: a row's length must be a multiple of it.
+    /// Weights in a GGUF block: a row's length must be a multiple of it.
     const BLOCK_LEN: usize;
+    /// Bytes in a GGUF block.
+    const BLOCK_BYTES: usize;
     /// What a lane holds of one unit.
     type Unit: WeightUnit;
 
-    /// The first column of each of the unit's runs.
-    fn columns(unit: usize) -> [usize; 2];
+    /// Bytes of a tile of `n_units` units by four rows, before rounding up to [`tile::ALIGNMENT`]. Formats with blocks
+    /// of several units have tiles of whole blocks.
+    fn tile_bytes(n_units: usize) -> usize;
 
-    /// The block of 32 columns whose minimum term the unit accounts for: over all units of a row, each block once.
-    fn min_block(unit: usize) -> usize {
-        unit
-    }
-
-    /// Reads unit `unit` of a row of `n_cols` weights; weights beyond the row's end read as 0.
+    /// Writes unit `unit` of a row of GGUF blocks into a tile; columns beyond the row's end become 0.
     ///
     /// # Safety
-    /// `row` must point to the row's `n_cols / BLOCK_LEN` blocks, 16-byte aligned at the matrix's start, and
-    /// `unit` must be below `n_cols.div_ceil(UNIT)`.
-    unsafe fn load(row: *const Self::Block, unit: usize, n_cols: usize) -> Self::Unit;
+    /// `row` must hold `n_cols / BLOCK_LEN` blocks, of which unit `unit` is one or a part; `place` must be inside the
+    /// tile at `tile`, and nobody else may write the same row and block of it.
+    unsafe fn pack(row: *const u8, unit: usize, n_cols: usize, tile: *mut u8, place: Place);
+
+    /// Reads a unit of a tile.
+    fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit;
+}
+
+/// A unit's place in a tile.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Units in each row of the tile, at most 32.
+    pub n_units: usize,
+    /// The row, 0 to 3.
+    pub row: usize,
+    /// The unit in its row.
+    pub unit: usize,
+}
+
+impl Place {
+    /// The unit's number in a plane that holds the tile's units row by row.
+    #[inline(always)]
+    pub fn index(self) -> usize {
+        self.row * self.n_units + self.unit
+    }
+
+    /// The number of the unit's block, where a block has eight units.
+    #[inline(always)]
+    pub fn block_of_8(self) -> usize {
+        self.row * (self.n_units / 8) + self.unit / 8
+    }
 }
 
 /// A unit in registers.
 pub trait WeightUnit {
-    /// The weights of both runs.
-    fn dequantize(&self) -> [[f32; RUN]; 2];
+    /// The weights.
+    fn dequantize(&self) -> [f32; UNIT];
 
     /// The dot product with the same columns of a Q8_1 vector.
     fn dot_q8_1(&self, x: &Q8_1Unit) -> f32;
 }
 
-/// A unit of an integer format: `w = scale * q - min`, per run.
+/// A unit of an integer format: `w = scale * (q - OFFSET) - min`, with one scale or with one for each half.
 #[derive(Clone, Copy, Debug)]
-pub struct QuantizedUnit<const HAS_MIN: bool> {
+pub struct QuantizedUnit<const OFFSET: i32, const SCALES: usize, const HAS_MIN: bool> {
     /// The integers, four signed bytes to a word, lowest column in the lowest byte.
-    pub quants: [[i32; RUN / 4]; 2],
-    /// The factor of each run.
-    pub scale: [f32; 2],
-    /// What is subtracted from each run's weights.
-    pub min: [f32; 2],
-    /// The minimum of block [`WeightFormat::min_block`].
-    pub block_min: f32,
+    pub quants: [i32; UNIT_WORDS],
+    /// The factors.
+    pub scales: [f32; SCALES],
+    /// What is subtracted from each weight.
+    pub min: f32,
 }
 
-impl<const HAS_MIN: bool> WeightUnit for QuantizedUnit<HAS_MIN> {
+impl<const OFFSET: i32, const SCALES: usize, const HAS_MIN: bool> WeightUnit
+    for QuantizedUnit<OFFSET, SCALES, HAS_MIN>
+{
     #[inline(always)]
-    fn dequantize(&self) -> [[f32; RUN]; 2] {
-        core::array::from_fn(|run| {
-            core::array::from_fn(|i| {
-                let q = (self.quants[run][i / 4] >> (8 * (i % 4))) as i8;
-                let w = self.scale[run] * q as f32;
-                if HAS_MIN { w - self.min[run] } else { w }
-            })
+    fn dequantize(&self) -> [f32; UNIT] {
+        core::array::from_fn(|i| {
+            let q = (self.quants[i / 4] >> (8 * (i % 4))) as i8;
+            let w = self.scales[i * SCALES / UNIT] * (i32::from(q) - OFFSET) as f32;
+            if HAS_MIN { w - self.min } else { w }
         })
     }
 
-    /// `sum over runs of scale * d8 * dot(q, q8)`, less `min * d8 * sum(q8)` of the block in charge.
+    /// `scale * d8 * dot(q - OFFSET, q8)` for each scale, less `min * d8 * sum(q8)`.
     #[inline(always)]
     fn dot_q8_1(&self, x: &Q8_1Unit) -> f32 {
-        let dot = |run: usize| dp4a_sum(self.quants[run], x.quants[run]) as f32;
-        let mut sum = self.scale[0] * x.d[0] * dot(0) + self.scale[1] * x.d[1] * dot(1);
+        let [q0, q1, q2, q3, q4, q5, q6, q7] = self.quants;
+        let [x0, x1, x2, x3, x4, x5, x6, x7] = x.quants;
+        let mut sum;
+        if SCALES == 1 {
+            let dot = dp4a_sum([q0, q1, q2, q3, q4, q5, q6, q7], x.quants) - OFFSET * (x.sums[0] + x.sums[1]);
+            sum = self.scales[0] * (x.d * dot as f32);
+        } else {
+            let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3]) - OFFSET * x.sums[0];
+            let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7]) - OFFSET * x.sums[1];
+            sum = x.d * mul_add(self.scales[0], low as f32, self.scales[SCALES - 1] * high as f32);
+        }
         if HAS_MIN {
-            sum -= self.block_min * x.block_sum;
+            sum = mul_add(-self.min, x.d_sum, sum);
         }
         sum
     }
@@ -117,33 +154,74 @@ impl<const HAS_MIN: bool> WeightUnit for QuantizedUnit<HAS_MIN> {
 /// A unit of a floating-point format.
 #[derive(Clone, Copy, Debug)]
 pub struct FloatUnit(
-    /// The weights of both runs.
-    pub [[f32; RUN]; 2],
+    /// The weights.
+    pub [f32; UNIT],
 );
 
 impl WeightUnit for FloatUnit {
     #[inline(always)]
-    fn dequantize(&self) -> [[f32; RUN]; 2] {
+    fn dequantize(&self) -> [f32; UNIT] {
         self.0
     }
 
     #[inline(always)]
     fn dot_q8_1(&self, x: &Q8_1Unit) -> f32 {
-        let mut sum = 0.0;
-        for run in 0..2 {
-            let mut dot = 0.0;
-            for (i, &w) in self.0[run].iter().enumerate() {
-                dot += w * ((x.quants[run][i / 4] >> (8 * (i % 4))) as i8) as f32;
-            }
-            sum += x.d[run] * dot;
+        let mut dot = 0.0;
+        for (i, &w) in self.0.iter().enumerate() {
+            dot = mul_add(w, f32::from((x.quants[i / 4] >> (8 * (i % 4))) as i8), dot);
         }
-        sum
+        x.d * dot
     }
+}
+
+/// The sums of both halves of a unit's integers.
+#[inline(always)]
+pub fn half_sums(quants: [i32; UNIT_WORDS]) -> [i32; 2] {
+    const ONES: i32 = 0x0101_0101;
+    let sum = |words: [i32; 4]| words.iter().fold(0, |sum, &word| dp4a(word, ONES, sum));
+    let [q0, q1, q2, q3, q4, q5, q6, q7] = quants;
+    [sum([q0, q1, q2, q3]), sum([q4, q5, q6, q7])]
+}
+
+/// Reads two bytes at any address.
+///
+/// # Safety
+/// They must be readable.
+#[inline(always)]
+unsafe fn read_u16(bytes: *const u8) -> u16 {
+    // SAFETY: the caller vouches for both.
+    unsafe { u16::from_le_bytes([*bytes, *bytes.add(1)]) }
+}
+
+/// Reads four bytes at an even address, as all blocks have.
+///
+/// # Safety
+/// They must be readable.
+#[inline(always)]
+unsafe fn read_u32(bytes: *const u8) -> u32 {
+    // SAFETY: the caller vouches for both halves.
+    unsafe { u32::from(read_u16(bytes)) | u32::from(read_u16(bytes.add(2))) << 16 }
+}
+
+/// Packs 32 nibbles into 16 bytes: byte `i` holds weight `i` below and weight `i + 16` above.
+#[inline(always)]
+fn pack_nibbles(weight: impl Fn(usize) -> u8) -> [u32; 4] {
+    core::array::from_fn(|word| {
+        let byte = |i: usize| u32::from(weight(4 * word + i) | weight(4 * word + i + 16) << 4);
+        byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24
+    })
+}
+
+/// The nibbles of 16 bytes as eight words of four bytes, in order of the weights.
+#[inline(always)]
+fn unpack_nibbles(words: [u32; 4]) -> [i32; UNIT_WORDS] {
+    core::array::from_fn(|i| ((words[i % 4] >> (4 * (i / 4))) & 0x0f0f_0f0f) as i32)
 }
 
 macro_rules! define_format {
     ($(($Type:ident, $name:ident))*) => {
         /// A weight format by name, for code that chooses at run time.
+        #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[allow(non_camel_case_types, reason = "GGUF's names")]
         pub enum Format {
@@ -159,19 +237,24 @@ macro_rules! define_format {
                 match self { $(Format::$Type => stringify!($Type)),* }
             }
 
-            /// Weights in a block.
+            /// Weights in a GGUF block.
             pub const fn block_len(self) -> usize {
                 match self { $(Format::$Type => <$Type as WeightFormat>::BLOCK_LEN),* }
             }
 
-            /// Bytes in a block.
+            /// Bytes in a GGUF block.
             pub const fn block_bytes(self) -> usize {
-                match self { $(Format::$Type => size_of::<<$Type as WeightFormat>::Block>()),* }
+                match self { $(Format::$Type => <$Type as WeightFormat>::BLOCK_BYTES),* }
             }
 
-            /// Bytes in a row of `n_cols` weights, a multiple of [`block_len`](Self::block_len).
+            /// Bytes in a GGUF row of `n_cols` weights, a multiple of [`block_len`](Self::block_len).
             pub const fn row_bytes(self, n_cols: usize) -> usize {
                 n_cols / self.block_len() * self.block_bytes()
+            }
+
+            /// Bytes of a tile of `n_units` units by four rows.
+            pub fn tile_bytes(self, n_units: usize) -> usize {
+                match self { $(Format::$Type => tile::aligned_bytes::<$Type>(n_units)),* }
             }
         }
     };

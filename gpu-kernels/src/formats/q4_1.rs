@@ -1,50 +1,44 @@
 //! Q4_1: 32 nibbles, a scale and a minimum; `w = d * q + m` (llama.cpp, ggml-common.h).
 
-use super::{QuantizedUnit, RUN, UNIT, WeightFormat};
+use super::{Place, QuantizedUnit, WeightFormat, read_u32, tile::TileSource, unpack_nibbles};
 use cuda_std::float::f16_to_f32;
-use half::f16;
-
-/// A Q4_1 block as GGUF stores it.
-#[repr(C, align(4))]
-#[derive(Clone, Copy, Debug)]
-pub struct BlockQ4_1 {
-    /// Scale.
-    pub d: f16,
-    /// Minimum, added.
-    pub m: f16,
-    /// Nibbles: byte `i` holds weight `i` below and weight `i + 16` above.
-    pub qs: [u32; 4],
-}
-const _: () = assert!(size_of::<BlockQ4_1>() == 20);
 
 /// 4-bit weights, one scale and minimum per 32.
+///
+/// A GGUF block holds `d` and `m` (f16, the minimum is added) and 16 bytes of nibbles: byte `i` holds weight `i` below
+/// and weight `i + 16` above. A tile has a plane of nibbles and one of scales and minimums.
 #[derive(Clone, Copy, Debug)]
-#[allow(non_camel_case_types, reason = "GGUF's name")]
 pub struct Q4_1;
 
 impl WeightFormat for Q4_1 {
-    type Block = BlockQ4_1;
     const BLOCK_LEN: usize = 32;
-    type Unit = QuantizedUnit<true>;
+    const BLOCK_BYTES: usize = 20;
+    type Unit = QuantizedUnit<0, 1, true>;
 
     #[inline(always)]
-    fn columns(unit: usize) -> [usize; 2] {
-        [unit * UNIT, unit * UNIT + RUN]
+    fn tile_bytes(n_units: usize) -> usize {
+        4 * n_units * 20
     }
 
     #[inline(always)]
-    unsafe fn load(row: *const BlockQ4_1, unit: usize, _n_cols: usize) -> Self::Unit {
-        // SAFETY: the caller vouches for block `unit`.
-        let block = unsafe { *row.add(unit) };
-        let (d, min) = (f16_to_f32(block.d.to_bits()), -f16_to_f32(block.m.to_bits()));
+    unsafe fn pack(row: *const u8, unit: usize, _n_cols: usize, tile: *mut u8, place: Place) {
+        // SAFETY: the block is the row's and the place is inside the tile, as the caller vouches.
+        unsafe {
+            let block = row.add(unit * Self::BLOCK_BYTES);
+            let nibbles = core::array::from_fn(|i| read_u32(block.add(4 + 4 * i)));
+            *tile.cast::<[u32; 4]>().add(place.index()) = nibbles;
+            *tile.add(4 * place.n_units * 16).cast::<u32>().add(place.index()) = read_u32(block);
+        }
+    }
+
+    #[inline(always)]
+    fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
+        let nibbles = tile.u32x4(place.index() * 16);
+        let scale_and_min = tile.u32(4 * place.n_units * 16 + place.index() * 4);
         QuantizedUnit {
-            quants: [
-                block.qs.map(|w| (w & 0x0f0f_0f0f) as i32),
-                block.qs.map(|w| ((w >> 4) & 0x0f0f_0f0f) as i32),
-            ],
-            scale: [d; 2],
-            min: [min; 2],
-            block_min: min,
+            quants: unpack_nibbles(nibbles),
+            scales: [f16_to_f32(scale_and_min as u16)],
+            min: -f16_to_f32((scale_and_min >> 16) as u16),
         }
     }
 }

@@ -1,33 +1,22 @@
 //! Q4_K: 256 nibbles in eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum;
 //! `w = d * sc * q - dmin * m` (llama.cpp, ggml-common.h).
 
-use super::{QuantizedUnit, WeightFormat};
+use super::{Place, QuantizedUnit, WeightFormat, pack_nibbles, read_u32, tile::TileSource, unpack_nibbles};
 use cuda_std::float::f16_to_f32;
-use cuda_std::memory::ld_stream_u32x4;
-use half::f16;
-
-/// A Q4_K block as GGUF stores it. Blocks lie at multiples of 144 bytes, so both parts can be read 16 bytes at a time.
-#[repr(C, align(16))]
-#[derive(Clone, Copy, Debug)]
-#[allow(non_camel_case_types, reason = "GGUF's name")]
-pub struct BlockQ4_K {
-    /// Scale of the scales.
-    pub d: f16,
-    /// Scale of the minimums.
-    pub dmin: f16,
-    /// Eight scales and eight minimums of 6 bits; `scale_and_min` takes them apart.
-    pub scales: [u32; 3],
-    /// Nibbles: 32 bytes for each pair of sub-blocks, the even one below, the odd one above.
-    pub qs: [[u32; 4]; 8],
-}
-const _: () = assert!(size_of::<BlockQ4_K>() == 144);
 
 /// 4-bit weights in super-blocks of 256.
+///
+/// A GGUF block holds `d` and `dmin` (f16), twelve bytes of scales and minimums, and 32 bytes of nibbles for each pair
+/// of sub-blocks, the even one below, the odd one above. A unit is a sub-block. A tile has a plane of nibbles and a
+/// plane of heads of 16 bytes, one per block: `d` and `dmin`, then three words with a nibble for each sub-block: the
+/// low four bits of its scale, those of its minimum, and the high two of both (the scale's below).
 #[derive(Clone, Copy, Debug)]
 #[allow(non_camel_case_types, reason = "GGUF's name")]
 pub struct Q4_K;
 
-/// The 6-bit scale and minimum of sub-block `j`, from the twelve bytes that hold all of them.
+const NIBBLES: usize = 16;
+
+/// The 6-bit scale and minimum of sub-block `j`, from the twelve bytes that hold all of them in GGUF.
 ///
 /// Sub-blocks 0 to 3 have their six bits in bytes `j` (scale) and `j + 4` (minimum). Sub-blocks 4 to 7 have the
 /// low four bits in byte `j + 4` (scale below, minimum above) and the high two in the top bits of bytes `j - 4`
@@ -40,40 +29,48 @@ fn scale_and_min(scales: [u32; 3], j: usize) -> (u32, u32) {
 }
 
 impl WeightFormat for Q4_K {
-    type Block = BlockQ4_K;
     const BLOCK_LEN: usize = 256;
-    type Unit = QuantizedUnit<true>;
+    const BLOCK_BYTES: usize = 144;
+    type Unit = QuantizedUnit<0, 1, true>;
 
-    /// A unit is 16 bytes of nibbles: half of an even sub-block and the same half of the odd one after it.
     #[inline(always)]
-    fn columns(unit: usize) -> [usize; 2] {
-        let even = unit / 2 * 64 + unit % 2 * 16;
-        [even, even + 32]
+    fn tile_bytes(n_units: usize) -> usize {
+        4 * n_units * NIBBLES + n_units / 8 * 4 * 16
     }
 
     #[inline(always)]
-    unsafe fn load(row: *const BlockQ4_K, unit: usize, _n_cols: usize) -> Self::Unit {
-        let (part, even) = (unit % 8, unit % 8 / 2 * 2);
-        // SAFETY: the caller vouches for block `unit / 8`, which is 16-byte aligned.
-        let (head, qs) = unsafe {
-            let block = row.add(unit / 8);
-            (
-                ld_stream_u32x4(block.cast()),
-                ld_stream_u32x4((&raw const (*block).qs).cast::<[u32; 4]>().add(part)),
-            )
-        };
-        let d = f16_to_f32(head[0] as u16);
-        let dmin = f16_to_f32((head[0] >> 16) as u16);
-        let packed = [head[1], head[2], head[3]];
-        let (scale0, min0) = scale_and_min(packed, even);
-        let (scale1, min1) = scale_and_min(packed, even + 1);
-        let min = [dmin * min0 as f32, dmin * min1 as f32];
-        QuantizedUnit {
-            quants: [qs.map(|w| (w & 0x0f0f_0f0f) as i32), qs.map(|w| ((w >> 4) & 0x0f0f_0f0f) as i32)],
-            scale: [d * scale0 as f32, d * scale1 as f32],
-            min,
-            // Units 2j and 2j + 1 share two sub-blocks: each accounts for one of them (`min_block` is the unit).
-            block_min: if unit.is_multiple_of(2) { min[0] } else { min[1] },
+    unsafe fn pack(row: *const u8, unit: usize, _n_cols: usize, tile: *mut u8, place: Place) {
+        let j = unit % 8;
+        // SAFETY: the block is the row's and the place is inside the tile, as the caller vouches.
+        unsafe {
+            let block = row.add(unit / 8 * Self::BLOCK_BYTES);
+            let quants = block.add(16 + j / 2 * 32);
+            let nibbles = pack_nibbles(|i| (*quants.add(i) >> (4 * (j % 2))) & 15);
+            *tile.cast::<[u32; 4]>().add(place.index()) = nibbles;
+            if j == 0 {
+                let packed = [read_u32(block.add(4)), read_u32(block.add(8)), read_u32(block.add(12))];
+                let (mut scales, mut mins, mut high) = (0, 0, 0);
+                for j in 0..8 {
+                    let (scale, min) = scale_and_min(packed, j);
+                    scales |= (scale & 15) << (4 * j);
+                    mins |= (min & 15) << (4 * j);
+                    high |= (scale >> 4 | min >> 4 << 2) << (4 * j);
+                }
+                let heads = tile.add(4 * place.n_units * NIBBLES).cast::<[u32; 4]>();
+                *heads.add(place.block_of_8()) = [read_u32(block), scales, mins, high];
+            }
         }
+    }
+
+    #[inline(always)]
+    fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
+        let nibbles = tile.u32x4(place.index() * NIBBLES);
+        let head = tile.u32x4(4 * place.n_units * NIBBLES + place.block_of_8() * 16);
+        let shift = 4 * (place.unit as u32 % 8);
+        let high = head[3] >> shift;
+        let scale = (head[1] >> shift) & 15 | (high << 4) & 0x30;
+        let min = (head[2] >> shift) & 15 | (high << 2) & 0x30;
+        let (d, dmin) = (f16_to_f32(head[0] as u16), f16_to_f32((head[0] >> 16) as u16));
+        QuantizedUnit { quants: unpack_nibbles(nibbles), scales: [d * scale as f32], min: dmin * min as f32 }
     }
 }

@@ -1,48 +1,46 @@
 //! Q8_0: 32 signed bytes and one scale; `w = d * q` (llama.cpp, ggml-common.h).
 
-use super::{QuantizedUnit, RUN, UNIT, WeightFormat};
+use super::{Place, QuantizedUnit, WeightFormat, read_u16, read_u32, tile::TileSource};
 use cuda_std::float::f16_to_f32;
-use half::f16;
-
-/// A Q8_0 block as GGUF stores it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct BlockQ8_0 {
-    /// Scale.
-    pub d: f16,
-    /// The integers.
-    pub qs: [i8; 32],
-}
-const _: () = assert!(size_of::<BlockQ8_0>() == 34);
 
 /// 8-bit weights, one scale per 32.
+///
+/// A GGUF block holds `d` (f16) and the integers. A tile has a plane of the units' first 16 integers, one of the
+/// other 16, and one of scales.
 #[derive(Clone, Copy, Debug)]
-#[allow(non_camel_case_types, reason = "GGUF's name")]
 pub struct Q8_0;
 
 impl WeightFormat for Q8_0 {
-    type Block = BlockQ8_0;
     const BLOCK_LEN: usize = 32;
-    type Unit = QuantizedUnit<false>;
+    const BLOCK_BYTES: usize = 34;
+    type Unit = QuantizedUnit<0, 1, false>;
 
     #[inline(always)]
-    fn columns(unit: usize) -> [usize; 2] {
-        [unit * UNIT, unit * UNIT + RUN]
+    fn tile_bytes(n_units: usize) -> usize {
+        4 * n_units * 34
     }
 
     #[inline(always)]
-    unsafe fn load(row: *const BlockQ8_0, unit: usize, _n_cols: usize) -> Self::Unit {
-        // SAFETY: the caller vouches for block `unit`; a block is aligned to 2 bytes, so halves of words are read.
-        let (d, halves) = unsafe {
-            let block = row.add(unit);
-            (f16_to_f32((*block).d.to_bits()), (&raw const (*block).qs).cast::<[u16; 16]>().read())
-        };
-        let word = |i: usize| (halves[2 * i] as u32 | (halves[2 * i + 1] as u32) << 16) as i32;
+    unsafe fn pack(row: *const u8, unit: usize, _n_cols: usize, tile: *mut u8, place: Place) {
+        // SAFETY: the block is the row's and the place is inside the tile, as the caller vouches.
+        unsafe {
+            let block = row.add(unit * Self::BLOCK_BYTES);
+            let (first, plane) = (place.index(), 4 * place.n_units);
+            let quants = |half: usize| core::array::from_fn(|i| read_u32(block.add(2 + 16 * half + 4 * i)));
+            *tile.cast::<[u32; 4]>().add(first) = quants(0);
+            *tile.cast::<[u32; 4]>().add(plane + first) = quants(1);
+            *tile.add(2 * plane * 16).cast::<u16>().add(first) = read_u16(block);
+        }
+    }
+
+    #[inline(always)]
+    fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
+        let (first, plane) = (place.index(), 4 * place.n_units);
+        let (low, high) = (tile.u32x4(first * 16), tile.u32x4((plane + first) * 16));
         QuantizedUnit {
-            quants: [core::array::from_fn(word), core::array::from_fn(|i| word(RUN / 4 + i))],
-            scale: [d; 2],
-            min: [0.0; 2],
-            block_min: 0.0,
+            quants: core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32),
+            scales: [f16_to_f32(tile.u16(2 * plane * 16 + first * 2))],
+            min: 0.0,
         }
     }
 }

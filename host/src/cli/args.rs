@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use host::device::DeviceChoice;
-use host::model::{Activations, ModelOptions};
+use host::model::{Activations, Fusion, ModelOptions};
 use host::sampling::SamplingOptions;
 
 /// The version, with the commit where it is known.
@@ -93,6 +93,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, default_value_t)]
     pub(crate) activations: ActivationsArg,
 
+    /// One kernel per operation, for measuring and debugging
+    #[arg(long)]
+    pub(crate) unfused: bool,
+
     /// Room for N tokens of context
     #[arg(long, value_name = "N")]
     pub(crate) ctx: Option<usize>,
@@ -101,7 +105,11 @@ pub(crate) struct RunArgs {
 impl RunArgs {
     /// The model's options, with room for `n_ctx` tokens unless the user says otherwise.
     pub(crate) fn model_options(&self, n_ctx: Option<usize>) -> ModelOptions {
-        ModelOptions { activations: self.activations.into(), n_ctx: self.ctx.or(n_ctx) }
+        ModelOptions {
+            activations: self.activations.into(),
+            fusion: if self.unfused { Fusion::Unfused } else { Fusion::Fused },
+            n_ctx: self.ctx.or(n_ctx),
+        }
     }
 }
 

@@ -29,9 +29,14 @@ impl CpuDevice {
         }
     }
 
-    /// A few blocks per core even out the load.
-    pub(super) fn saturating_blocks(&self) -> u32 {
-        4 * self.cores as u32
+    pub(super) fn cores(&self) -> u32 {
+        self.cores as u32
+    }
+
+    pub(super) fn zero(&self, start: *mut u8, bytes: usize) -> Result<()> {
+        // SAFETY: the memory is a buffer of this length, and no kernel runs between calls.
+        unsafe { std::ptr::write_bytes(start, 0, bytes) };
+        Ok(())
     }
 
     pub(super) fn alloc(&self, bytes: usize) -> Result<CpuMemory> {

@@ -1,6 +1,7 @@
 //! An NVIDIA GPU as a device: `cust` loads the PTX and launches on one stream.
 
 use anyhow::{Context as _, Result, bail, ensure};
+use cuda_driver::{LaunchAttribute, PROGRAMMATIC_STREAM_SERIALIZATION};
 use cuda_std::launch::{KernelInfo, LaunchConfig};
 use cust::context::{Context, CurrentContext};
 use cust::device::{Device, DeviceAttribute};
@@ -30,9 +31,6 @@ pub fn ptx_images() -> impl DoubleEndedIterator<Item = (u32, &'static str)> {
     PTX_IMAGES.iter().map(|image| (image.version, image.text))
 }
 
-/// Resident blocks per multiprocessor that a streaming kernel of 128 threads can have at most.
-const BLOCKS_PER_MULTIPROCESSOR: u32 = 16;
-
 thread_local! {
     /// The stream that this thread's launches go to while they are recorded.
     static RECORDER: RefCell<Option<Stream>> = const { RefCell::new(None) };
@@ -48,6 +46,8 @@ pub(super) struct CudaDevice {
     version: u32,
     ptx_version: u32,
     multiprocessors: u32,
+    /// Shared memory that a block can have.
+    shared_bytes: u32,
 }
 
 // SAFETY: function handles belong to the module, which is never unloaded, and the driver may be called from any
@@ -79,6 +79,12 @@ impl CudaDevice {
             )
         })?;
         let multiprocessors = attribute(DeviceAttribute::MultiprocessorCount)?;
+        let mut shared_bytes = 0;
+        // SAFETY: reads a number of the device that was opened above.
+        check(unsafe {
+            let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+            sys::cuDeviceGetAttribute(&mut shared_bytes, attribute, device.as_raw())
+        })?;
         let context = Arc::new(Context::new(device).with_context(|| format!("{name} cannot be used"))?);
         let module = Module::from_ptx(image.text, &[]).with_context(|| {
             format!("the driver does not accept the kernels (sm_{}) for {name}", image.version)
@@ -93,6 +99,7 @@ impl CudaDevice {
             version,
             ptx_version: image.version,
             multiprocessors,
+            shared_bytes: shared_bytes as u32,
         })
     }
 
@@ -106,8 +113,19 @@ impl CudaDevice {
         )
     }
 
-    pub(super) fn saturating_blocks(&self) -> u32 {
-        BLOCKS_PER_MULTIPROCESSOR * self.multiprocessors
+    pub(super) fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    pub(super) fn shared_bytes(&self) -> u32 {
+        self.shared_bytes
+    }
+
+    pub(super) fn zero(&self, start: *mut u8, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the memory is a buffer of this length.
+        check(unsafe { sys::cuMemsetD8Async(start as u64, 0, bytes, self.stream.as_inner()) })
+            .context("cannot clear memory on the GPU")
     }
 
     /// Makes the GPU's context current in this thread.
@@ -184,21 +202,57 @@ impl CudaDevice {
         let function = match &functions[id] {
             Some(function) => function,
             none => {
-                let function = self.module.get_function(kernel.name);
-                let function = function.with_context(|| format!("the PTX has no kernel {}", kernel.name))?;
                 debug_assert!(none.is_none());
-                functions[id].insert(function)
+                functions[id].insert(self.function(kernel)?)
             }
         };
-        let ([gx, gy, gz], [bx, by, bz]) = (config.grid, config.block);
+        // A GPU that cannot overlap kernels takes the attribute as well, but its kernels do not wait by themselves.
+        let overlaps = kernel.overlapping && self.ptx_version >= 90;
+        let attributes = [LaunchAttribute::word(PROGRAMMATIC_STREAM_SERIALIZATION, 1)];
         // SAFETY: the caller's promise; the pointers are to the values that the kernel's parameters take.
-        let result = RECORDER.with_borrow(|recorder| unsafe {
-            let stream = recorder.as_ref().unwrap_or(&self.stream);
-            stream.launch(function, (gx, gy, gz), (bx, by, bz), config.dynamic_shared_bytes, pointers)
+        let code = RECORDER.with_borrow(|recorder| unsafe {
+            let config = cuda_driver::LaunchConfig {
+                grid: config.grid,
+                block: config.block,
+                shared_mem_bytes: config.dynamic_shared_bytes,
+                stream: recorder.as_ref().unwrap_or(&self.stream).as_inner(),
+                attrs: attributes.as_ptr(),
+                num_attrs: u32::from(overlaps),
+            };
+            cuda_driver::cuLaunchKernelEx(
+                &config,
+                function.to_raw(),
+                pointers.as_ptr().cast_mut(),
+                ptr::null_mut(),
+            )
         });
-        result.with_context(|| {
+        check(code).with_context(|| {
             format!("cannot launch {} on grid {:?}, block {:?}", kernel.name, config.grid, config.block)
         })
+    }
+
+    /// A kernel's function, with as much shared memory as a launch may ask for.
+    fn function(&self, kernel: &KernelInfo) -> Result<Function<'static>> {
+        use sys::CUfunction_attribute::*;
+        let function = self.module.get_function(kernel.name);
+        let function = function.with_context(|| format!("the PTX has no kernel {}", kernel.name))?;
+        let mut fixed = 0;
+        // SAFETY: the function was just looked up.
+        unsafe {
+            check(sys::cuFuncGetAttribute(
+                &mut fixed,
+                CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+                function.to_raw(),
+            ))?;
+            let dynamic = self.shared_bytes as i32 - fixed;
+            let attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            check(sys::cuFuncSetAttribute(function.to_raw(), attribute, dynamic))?;
+            // All kernels want the same split between shared memory and L1 cache: a multiprocessor cannot change it
+            // while a block is on it, and the next kernel's blocks are to start beside this one's.
+            let attribute = CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            check(sys::cuFuncSetAttribute(function.to_raw(), attribute, 100))?;
+        }
+        Ok(function)
     }
 }
 

@@ -72,11 +72,19 @@ impl Device {
         matches!(self.0, Kind::Cuda(_))
     }
 
-    /// How many blocks keep the device busy: a kernel whose blocks work through many rows needs no more.
-    pub fn saturating_blocks(&self) -> u32 {
+    /// Multiprocessors of the GPU, or cores of the CPU.
+    pub fn multiprocessors(&self) -> u32 {
         match &self.0 {
-            Kind::Cuda(device) => device.saturating_blocks(),
-            Kind::Cpu(device) => device.saturating_blocks(),
+            Kind::Cuda(device) => device.multiprocessors(),
+            Kind::Cpu(device) => device.cores(),
+        }
+    }
+
+    /// Bytes of shared memory that a block can have.
+    pub fn shared_bytes(&self) -> u32 {
+        match &self.0 {
+            Kind::Cuda(device) => device.shared_bytes(),
+            Kind::Cpu(_) => cuda_std::emulator::SHARED_BYTES as u32,
         }
     }
 
@@ -93,6 +101,20 @@ impl Device {
             Kind::Cpu(device) => Memory::Cpu(device.alloc(bytes)?),
         };
         Ok(Buffer::new(memory, len))
+    }
+
+    /// Room for `len` values, all bytes 0.
+    ///
+    /// # Errors
+    /// As [`alloc`](Self::alloc).
+    pub fn alloc_zeroed<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
+        let mut buffer: Buffer<T> = self.alloc(len)?;
+        let (start, bytes) = (buffer.as_mut_ptr().cast(), buffer.n_bytes());
+        match &self.0 {
+            Kind::Cuda(device) => device.zero(start, bytes)?,
+            Kind::Cpu(device) => device.zero(start, bytes)?,
+        }
+        Ok(buffer)
     }
 
     /// A buffer that holds `values`.

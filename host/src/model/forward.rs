@@ -1,37 +1,39 @@
 //! The forward pass of one token: a fixed sequence of launches, with nothing that waits for the device.
+//!
+//! Five kernels a layer: queries, keys and values; attention; its projection; gate and up; down. Norms, quantization,
+//! bias, rotation, cache, SwiGLU and residuals are parts of them ([`gpu_kernels::gemv`]). [`super::unfused`] does the
+//! same in one kernel per operation.
 
 use super::trace::{Halt, Op, Probe};
-use super::weights::{Layer, Linear, Weights};
-use super::{Activations, Settings};
+use super::unfused;
+use super::weights::{GateUp, Layer, Linear, Weights};
+use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
-use crate::ops::{self, Input, KvLayer, Output, Q8_1Vector};
+use crate::ops::{self, Input, KvLayer, Norm, Output, Q8_1Vector, QkvWeights};
 use anyhow::Result;
 use gpu_kernels::step::Step;
 
 /// The feed-forward network's scratch buffers.
 #[derive(Debug)]
 pub struct FfnBuffers {
-    /// The input in Q8_1: `[n_embd]`.
-    input_q8: Q8_1Vector,
     /// `silu(gate) * up`: `[n_ff]`.
-    hidden: Buffer<f32>,
-    /// `up`, where gate and up cannot be fused: `[n_ff]`.
-    up: Buffer<f32>,
-    /// `hidden` in Q8_1: `[n_ff]`.
-    hidden_q8: Q8_1Vector,
+    pub(super) hidden: Buffer<f32>,
+    /// Gate and up, where they are not fused: `[2 * n_ff]`.
+    pub(super) gate_up: Buffer<f32>,
+    /// `hidden` in Q8_1, where that is a step of its own: `[n_ff]`.
+    pub(super) hidden_q8: Q8_1Vector,
 }
 
 impl FfnBuffers {
-    /// Buffers for a network of these dimensions.
+    /// Buffers for a network of this size.
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn alloc(device: &Device, n_embd: usize, n_ff: usize) -> Result<Self> {
+    pub fn alloc(device: &Device, n_ff: usize) -> Result<Self> {
         Ok(Self {
-            input_q8: Q8_1Vector::alloc(device, n_embd)?,
             hidden: device.alloc(n_ff)?,
-            up: device.alloc(n_ff)?,
+            gate_up: device.alloc(2 * n_ff)?,
             hidden_q8: Q8_1Vector::alloc(device, n_ff)?,
         })
     }
@@ -42,26 +44,20 @@ impl FfnBuffers {
 pub struct Buffers {
     /// The token and its position.
     pub step: Buffer<Step>,
+    /// Cosine and sine of each rotated pair's angle at the position: `[n_rot / 2]`.
+    pub rotation: Buffer<[f32; 2]>,
     /// The hidden state, which every layer adds to: `[n_embd]`.
     pub x: Buffer<f32>,
-    /// The hidden state, normalised: `[n_embd]`.
-    normed: Buffer<f32>,
-    /// `normed` in Q8_1: `[n_embd]`.
-    normed_q8: Q8_1Vector,
     /// Queries: `[n_head, head_dim]`.
-    q: Buffer<f32>,
-    /// Keys: `[n_head_kv, head_dim]`.
-    k: Buffer<f32>,
-    /// Values: `[n_head_kv, head_dim]`.
-    v: Buffer<f32>,
+    pub(super) q: Buffer<f32>,
     /// Attention's heads: `[n_head, head_dim]`.
-    heads: Buffer<f32>,
-    /// `heads` in Q8_1: `[n_head * head_dim]`.
-    heads_q8: Q8_1Vector,
+    pub(super) heads: Buffer<f32>,
     /// Scratch of the feed-forward network.
-    ffn: FfnBuffers,
+    pub(super) ffn: FfnBuffers,
     /// The logits: `[n_vocab]`.
     pub logits: Buffer<f32>,
+    /// What only the unfused pass needs.
+    pub(super) unfused: unfused::Buffers,
 }
 
 impl Buffers {
@@ -70,19 +66,16 @@ impl Buffers {
     /// # Errors
     /// When the device has no room.
     pub fn alloc(device: &Device, config: &Config) -> Result<Self> {
-        let (n_q, n_kv) = (config.n_head * config.head_dim, config.n_head_kv * config.head_dim);
+        let n_q = config.n_head * config.head_dim;
         Ok(Self {
             step: device.alloc_from(&[Step::default()])?,
+            rotation: device.alloc(config.rope.n_rot / 2)?,
             x: device.alloc(config.n_embd)?,
-            normed: device.alloc(config.n_embd)?,
-            normed_q8: Q8_1Vector::alloc(device, config.n_embd)?,
             q: device.alloc(n_q)?,
-            k: device.alloc(n_kv)?,
-            v: device.alloc(n_kv)?,
             heads: device.alloc(n_q)?,
-            heads_q8: Q8_1Vector::alloc(device, n_q)?,
-            ffn: FfnBuffers::alloc(device, config.n_embd, config.n_ff)?,
+            ffn: FfnBuffers::alloc(device, config.n_ff)?,
             logits: device.alloc(config.n_vocab)?,
+            unfused: unfused::Buffers::alloc(device, config)?,
         })
     }
 }
@@ -98,7 +91,7 @@ pub(super) fn forward(
     with_logits: bool,
     probe: Probe,
 ) -> Result<(), Halt> {
-    ops::embed(device, &weights.token_embd, &b.step, &mut b.x)?;
+    ops::embed(device, &weights.token_embd, &b.step, &settings.rope, &mut b.x, &mut b.rotation)?;
     probe.after(Op::Embed, 0, device, &b.x)?;
 
     for (i, (weights, cache)) in weights.layers.iter().zip(caches).enumerate() {
@@ -106,16 +99,21 @@ pub(super) fn forward(
     }
 
     if with_logits {
-        ops::rms_norm(device, &b.x, &weights.output_norm, settings.rms_eps, &mut b.normed)?;
-        probe.after(Op::OutputNorm, 0, device, &b.normed)?;
-        let normed = input(device, settings.activations, &b.normed, &mut b.normed_q8)?;
-        ops::gemv(device, weights.output(), normed, Output::Set(&mut b.logits))?;
+        match settings.fusion {
+            Fusion::Fused => {
+                let norm = Norm { gamma: &weights.output_norm, eps: settings.rms_eps };
+                let x = input(settings.activations, &b.x);
+                ops::gemv(device, weights.output(), x, Some(norm), Output::Set(&mut b.logits))?;
+            }
+            Fusion::Unfused => unfused::logits(device, weights, settings, b, probe)?,
+        }
         probe.after(Op::Logits, 0, device, &b.logits)?;
     }
     Ok(())
 }
 
-/// One layer: attention over its cache, then the feed-forward network, each added to the hidden state `b.x`.
+/// One layer: attention over its cache, then the feed-forward network, each added to the hidden state `b.x`. The
+/// step's angles must be in `b.rotation`, where [`ops::embed`] leaves them.
 ///
 /// # Errors
 /// When a launch fails, or the probe stops the run after one of this layer's operations.
@@ -128,33 +126,25 @@ pub fn layer(
     index: usize,
     probe: Probe,
 ) -> Result<(), Halt> {
-    let Settings { activations, rms_eps, head_dim, n_head_kv, ref rope, attention, .. } = *settings;
+    if settings.fusion == Fusion::Unfused {
+        return unfused::layer(device, weights, settings, cache, b, index, probe);
+    }
+    let Settings { activations, rms_eps, ref rope, attention, .. } = *settings;
 
-    ops::rms_norm(device, &b.x, &weights.attn_norm, rms_eps, &mut b.normed)?;
-    probe.after(Op::AttnNorm, index, device, &b.normed)?;
-    let normed = input(device, activations, &b.normed, &mut b.normed_q8)?;
-    linear(device, &weights.attn_q, normed, &mut b.q)?;
-    probe.after(Op::Q, index, device, &b.q)?;
-    linear(device, &weights.attn_k, normed, &mut b.k)?;
-    probe.after(Op::K, index, device, &b.k)?;
-    linear(device, &weights.attn_v, normed, &mut b.v)?;
-    probe.after(Op::V, index, device, &b.v)?;
-
-    ops::rope(device, &mut b.q, rope, &b.step, attention.n_head, head_dim)?;
+    let norm = Norm { gamma: &weights.attn_norm, eps: rms_eps };
+    let x = input(activations, &b.x);
+    ops::gemv_qkv(device, qkv(weights), x, Some(norm), rope, &b.rotation, &b.step, &mut b.q, cache)?;
     probe.after(Op::QRope, index, device, &b.q)?;
-    ops::rope(device, &mut b.k, rope, &b.step, n_head_kv, head_dim)?;
-    probe.after(Op::KRope, index, device, &b.k)?;
-    ops::kv_append(device, &b.k, &b.v, cache, &b.step)?;
     ops::attention(device, &b.q, cache, &b.step, attention, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
-    let heads = input(device, activations, &b.heads, &mut b.heads_q8)?;
-    ops::gemv(device, &weights.attn_output, heads, Output::Add(&mut b.x))?;
+    ops::gemv(device, &weights.attn_output, input(activations, &b.heads), None, Output::Add(&mut b.x))?;
     probe.after(Op::AttnOutput, index, device, &b.x)?;
 
-    ops::rms_norm(device, &b.x, &weights.ffn_norm, rms_eps, &mut b.normed)?;
-    probe.after(Op::FfnNorm, index, device, &b.normed)?;
-    ffn(device, weights, activations, &b.normed, &mut b.x, &mut b.ffn)?;
+    let norm = Norm { gamma: &weights.ffn_norm, eps: rms_eps };
+    swiglu(device, &weights.ffn_gate_up, input(activations, &b.x), Some(norm), &mut b.ffn)?;
     probe.after(Op::FfnSwiglu, index, device, &b.ffn.hidden)?;
+    let hidden = input(activations, &b.ffn.hidden);
+    ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x))?;
     probe.after(Op::FfnOutput, index, device, &b.x)
 }
 
@@ -170,40 +160,36 @@ pub fn ffn(
     output: &mut Buffer<f32>,
     b: &mut FfnBuffers,
 ) -> Result<()> {
-    let (gate, up) = (&weights.ffn_gate, &weights.ffn_up);
-    let x = input(device, activations, x, &mut b.input_q8)?;
-    if gate.format() == up.format() {
-        ops::gemv_swiglu(device, gate, up, x, &mut b.hidden)?;
-    } else {
-        ops::gemv(device, gate, x, Output::Set(&mut b.hidden))?;
-        ops::gemv(device, up, x, Output::Set(&mut b.up))?;
-        ops::swiglu(device, &mut b.hidden, &b.up)?;
-    }
-    let hidden = input(device, activations, &b.hidden, &mut b.hidden_q8)?;
-    ops::gemv(device, &weights.ffn_down, hidden, Output::Add(output))
+    swiglu(device, &weights.ffn_gate_up, input(activations, x), None, b)?;
+    ops::gemv(device, &weights.ffn_down, input(activations, &b.hidden), None, Output::Add(output))
 }
 
-/// `y = W x + b`, the bias where there is one.
-fn linear(device: &Device, weights: &Linear, x: Input, y: &mut Buffer<f32>) -> Result<()> {
-    let output = match &weights.bias {
-        Some(bias) => Output::SetBiased(y, bias),
-        None => Output::Set(y),
-    };
-    ops::gemv(device, &weights.weight, x, output)
-}
-
-/// A vector as the matrices take it: as it is on the exact path, quantized into `q8` on the fast one.
-fn input<'a>(
-    device: &Device,
-    activations: Activations,
-    values: &'a Buffer<f32>,
-    q8: &'a mut Q8_1Vector,
-) -> Result<Input<'a>> {
-    match activations {
-        Activations::F32 => Ok(Input::F32(values)),
-        Activations::Q8_1 => {
-            ops::quantize_q8_1(device, values, q8)?;
-            Ok(Input::Q8_1(q8))
+/// `b.hidden = silu(gate x) * (up x)`.
+fn swiglu(device: &Device, weights: &GateUp, x: Input, norm: Option<Norm>, b: &mut FfnBuffers) -> Result<()> {
+    match weights {
+        GateUp::Joined(matrix) => ops::gemv_swiglu(device, matrix, x, norm, &mut b.hidden),
+        GateUp::Apart { gate, up } => {
+            let mut up_values = b.gate_up.part(0..up.n_rows());
+            ops::gemv(device, gate, x, norm, Output::Set(&mut b.hidden))?;
+            ops::gemv(device, up, x, norm, Output::Set(&mut up_values))?;
+            ops::swiglu(device, &mut b.hidden, &up_values)
         }
+    }
+}
+
+/// The three matrices that a token's queries, keys and values come from.
+fn qkv(weights: &Layer) -> QkvWeights<'_> {
+    let linears = [&weights.attn_q, &weights.attn_k, &weights.attn_v];
+    QkvWeights {
+        matrices: linears.map(|linear: &Linear| &linear.weight),
+        biases: linears.map(|linear| linear.bias.as_ref()),
+    }
+}
+
+/// A vector as the matrices take it: as it is on the exact path, to be quantized on the fast one.
+fn input(activations: Activations, values: &Buffer<f32>) -> Input<'_> {
+    match activations {
+        Activations::F32 => Input::F32(values),
+        Activations::Q8_1 => Input::Quantized(values),
     }
 }

@@ -3,12 +3,13 @@
 mod forward;
 mod session;
 mod trace;
+mod unfused;
 mod weights;
 
 pub use forward::{Buffers, FfnBuffers, ffn, layer};
 pub use session::Session;
 pub use trace::{Halt, Op, Point, Probe};
-pub use weights::{Layer, Linear, Weights};
+pub use weights::{GateUp, Layer, Linear, Weights};
 
 use crate::config::Config;
 use crate::device::Device;
@@ -26,11 +27,23 @@ pub enum Activations {
     F32,
 }
 
+/// How many operations a kernel does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fusion {
+    /// As many as go together: five kernels a layer.
+    #[default]
+    Fused,
+    /// One: for measuring and debugging.
+    Unfused,
+}
+
 /// What a user may choose about a model.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ModelOptions {
     /// How activations meet the weights.
     pub activations: Activations,
+    /// How many operations a kernel does.
+    pub fusion: Fusion,
     /// Tokens that the KV cache has room for; by default what the model was trained for, at most
     /// [`DEFAULT_N_CTX`].
     pub n_ctx: Option<usize>,
@@ -53,6 +66,8 @@ pub struct Model {
 pub struct Settings {
     /// How activations meet the weights.
     pub activations: Activations,
+    /// How many operations a kernel does.
+    pub fusion: Fusion,
     /// What RMSNorm adds to the mean square.
     pub rms_eps: f32,
     /// Query heads and the factor of the scores.
@@ -92,6 +107,7 @@ impl Model {
         let frequencies = config.rope.frequencies(rope_factors.as_deref());
         let settings = Settings {
             activations: options.activations,
+            fusion: options.fusion,
             rms_eps: config.rms_eps,
             attention: AttentionShape { n_head: config.n_head, scale: 1.0 / (config.head_dim as f32).sqrt() },
             head_dim: config.head_dim,
@@ -156,7 +172,7 @@ impl Model {
         let weights = self.weights.layer(layer)?;
         let input = self.device.alloc_from(x)?;
         let mut output = self.device.alloc_from(&vec![0.0f32; x.len()])?;
-        let mut buffers = FfnBuffers::alloc(&self.device, self.config.n_embd, self.config.n_ff)?;
+        let mut buffers = FfnBuffers::alloc(&self.device, self.config.n_ff)?;
         ffn(&self.device, weights, self.settings.activations, &input, &mut output, &mut buffers)?;
         self.device.to_vec(&output)
     }

@@ -3,9 +3,10 @@
 use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::gguf::{GgmlType, Gguf, GgufError};
-use crate::ops::Matrix;
+use crate::ops::{self, Matrix, Packer};
 use anyhow::{Context as _, Result, bail};
 use gpu_kernels::formats::Format;
+use gpu_kernels::rows::{Order, RowOrder};
 
 /// A matrix with its bias, where the model has one.
 #[derive(Debug)]
@@ -14,6 +15,20 @@ pub struct Linear {
     pub weight: Matrix,
     /// `[n_out]`.
     pub bias: Option<Buffer<f32>>,
+}
+
+/// The first half of a feed-forward network.
+#[derive(Debug)]
+pub enum GateUp {
+    /// Gate above up, their rows dealt out to the same quads: `[2 * n_ff, n_embd]`.
+    Joined(Matrix),
+    /// `[n_ff, n_embd]` each, where their formats differ.
+    Apart {
+        /// Gate.
+        gate: Matrix,
+        /// Up.
+        up: Matrix,
+    },
 }
 
 /// The weights of one layer.
@@ -31,10 +46,8 @@ pub struct Layer {
     pub attn_output: Matrix,
     /// `[n_embd]`.
     pub ffn_norm: Buffer<f32>,
-    /// `[n_ff, n_embd]`.
-    pub ffn_gate: Matrix,
-    /// `[n_ff, n_embd]`.
-    pub ffn_up: Matrix,
+    /// Gate and up.
+    pub ffn_gate_up: GateUp,
     /// `[n_embd, n_ff]`.
     pub ffn_down: Matrix,
 }
@@ -65,7 +78,10 @@ impl Weights {
     ) -> Result<Self> {
         let uploaded = gguf.tensors().filter(|tensor| tensor.info.name != ROPE_FACTORS);
         let total = uploaded.map(|tensor| tensor.info.n_bytes as u64).sum();
-        let mut loader = Loader { device, gguf, progress, done: 0, total };
+        let n_rot = config.rope.n_rot;
+        let pairs = ops::pair_order(config.rope.layout, config.head_dim, n_rot);
+        let mut loader =
+            Loader { packer: Packer::new(device), device, gguf, progress, pairs, done: 0, total };
         let output = match gguf.tensor_info("output.weight").is_some() {
             true => Some(loader.matrix("output.weight")?),
             false => None,
@@ -106,10 +122,15 @@ impl Weights {
 impl Layer {
     fn n_bytes(&self) -> usize {
         let linears = [&self.attn_q, &self.attn_k, &self.attn_v];
-        let matrices = [&self.attn_output, &self.ffn_gate, &self.ffn_up, &self.ffn_down];
+        let matrices = [&self.attn_output, &self.ffn_down];
+        let gate_up = match &self.ffn_gate_up {
+            GateUp::Joined(matrix) => matrix.n_bytes(),
+            GateUp::Apart { gate, up } => gate.n_bytes() + up.n_bytes(),
+        };
         let bias = |linear: &&Linear| linear.bias.as_ref().map_or(0, Buffer::n_bytes);
         self.attn_norm.n_bytes()
             + self.ffn_norm.n_bytes()
+            + gate_up
             + linears.iter().map(|linear| linear.weight.n_bytes() + bias(linear)).sum::<usize>()
             + matrices.iter().map(|matrix| matrix.n_bytes()).sum::<usize>()
     }
@@ -130,7 +151,10 @@ pub(super) fn rope_factors(gguf: &Gguf) -> Result<Option<Vec<f32>>> {
 struct Loader<'a> {
     device: &'a Device,
     gguf: &'a Gguf,
+    packer: Packer<'a>,
     progress: &'a mut dyn FnMut(u64, u64),
+    /// The order of the rows that make queries and keys.
+    pairs: RowOrder,
     done: u64,
     total: u64,
 }
@@ -140,36 +164,52 @@ impl Loader<'_> {
         let name = |part: &str| format!("blk.{index}.{part}");
         Ok(Layer {
             attn_norm: self.vector(&name("attn_norm.weight"))?,
-            attn_q: self.linear(&name("attn_q"))?,
-            attn_k: self.linear(&name("attn_k"))?,
-            attn_v: self.linear(&name("attn_v"))?,
+            attn_q: self.linear(&name("attn_q"), self.pairs)?,
+            attn_k: self.linear(&name("attn_k"), self.pairs)?,
+            attn_v: self.linear(&name("attn_v"), RowOrder::NATURAL)?,
             attn_output: self.matrix(&name("attn_output.weight"))?,
             ffn_norm: self.vector(&name("ffn_norm.weight"))?,
-            ffn_gate: self.matrix(&name("ffn_gate.weight"))?,
-            ffn_up: self.matrix(&name("ffn_up.weight"))?,
+            ffn_gate_up: self.gate_up(&name("ffn_gate.weight"), &name("ffn_up.weight"))?,
             ffn_down: self.matrix(&name("ffn_down.weight"))?,
         })
     }
 
-    fn linear(&mut self, name: &str) -> Result<Linear> {
+    fn linear(&mut self, name: &str, order: RowOrder) -> Result<Linear> {
         let bias = format!("{name}.bias");
         Ok(Linear {
-            weight: self.matrix(&format!("{name}.weight"))?,
+            weight: self.ordered(order, &[&format!("{name}.weight")])?,
             bias: if self.gguf.tensor_info(&bias).is_some() { Some(self.vector(&bias)?) } else { None },
         })
     }
 
+    fn gate_up(&mut self, gate: &str, up: &str) -> Result<GateUp> {
+        let info = |name| self.gguf.tensor_info(name).map(|info| (info.ggml_type, info.shape.clone()));
+        let n_ff = info(gate).and_then(|(_, shape)| shape.get(1).copied()).unwrap_or(0);
+        if info(gate) != info(up) || !n_ff.is_multiple_of(2) {
+            return Ok(GateUp::Apart { gate: self.matrix(gate)?, up: self.matrix(up)? });
+        }
+        let order = RowOrder { order: Order::Halves as u32, group: u32::try_from(n_ff)?, n_rot: 0 };
+        Ok(GateUp::Joined(self.ordered(order, &[gate, up])?))
+    }
+
     fn matrix(&mut self, name: &str) -> Result<Matrix> {
-        let tensor = self.gguf.tensor(name)?;
-        let [n_cols, n_rows] = tensor.info.shape[..] else {
-            bail!("tensor {name} has {} dimensions, a matrix has 2", tensor.info.shape.len())
+        self.ordered(RowOrder::NATURAL, &[name])
+    }
+
+    /// The rows of tensors of one type and width, one below the other.
+    fn ordered(&mut self, order: RowOrder, names: &[&str]) -> Result<Matrix> {
+        let tensors = names.iter().map(|name| self.gguf.tensor(name)).collect::<Result<Vec<_>, _>>()?;
+        let (name, info) = (names[0], tensors[0].info);
+        let [n_cols, _] = info.shape[..] else {
+            bail!("tensor {name} has {} dimensions, a matrix has 2", info.shape.len())
         };
-        let format = format_of(tensor.info.ggml_type);
-        let format =
-            format.with_context(|| format!("tensor {name}: no kernels for {}", tensor.info.ggml_type))?;
-        let matrix = Matrix::upload(self.device, format, n_rows, n_cols, tensor.data)
-            .with_context(|| format!("cannot load tensor {name}"))?;
-        self.advance(tensor.data.len());
+        let format = format_of(info.ggml_type);
+        let format = format.with_context(|| format!("tensor {name}: no kernels for {}", info.ggml_type))?;
+        let n_rows = tensors.iter().map(|tensor| tensor.info.shape.get(1).copied().unwrap_or(1)).sum();
+        let parts: Vec<&[u8]> = tensors.iter().map(|tensor| tensor.data).collect();
+        let matrix = self.packer.matrix(format, n_rows, n_cols, order, &parts);
+        let matrix = matrix.with_context(|| format!("cannot load tensor {}", names.join(" and ")))?;
+        self.advance(parts.iter().map(|part| part.len()).sum());
         Ok(matrix)
     }
 

@@ -1,31 +1,50 @@
 //! Launchers of the vector operations.
 
-use super::{Matrix, Q8_1Vector, at_least, dim, launch_1d};
+use super::{Matrix, Q8_1Vector, Rope, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
-use gpu_kernels::activations::Q8_1_BLOCK;
+use gpu_kernels::activations::{Q8_1_BLOCK, VALUES_PER_THREAD};
 use gpu_kernels::formats::UNIT;
+use gpu_kernels::rows::RowOrder;
 use gpu_kernels::step::Step;
 use gpu_kernels::{
     argmax as argmax_kernel, embed as embed_kernel, quantize, residual, rms_norm as rms_norm_kernel,
     swiglu as swiglu_kernel,
 };
 
-/// `out = weights[step.token]`, `out` of `weights.n_cols()` values.
+/// `out = weights[step.token]`, `out` of `weights.n_cols()` values; into `rotation` cosine and sine of every rotated
+/// pair's angle at the step's position.
 ///
 /// The token is in device memory: whoever writes it keeps it below `weights.n_rows()`.
 ///
 /// # Errors
-/// When a buffer is too short or the launch fails.
-pub fn embed(device: &Device, weights: &Matrix, step: &Buffer<Step>, out: &mut Buffer<f32>) -> Result<()> {
+/// When a buffer is too short, the matrix's rows are not in natural order, or the launch fails.
+pub fn embed(
+    device: &Device,
+    weights: &Matrix,
+    step: &Buffer<Step>,
+    rope: &Rope,
+    out: &mut Buffer<f32>,
+    rotation: &mut Buffer<[f32; 2]>,
+) -> Result<()> {
+    let pairs = rope.frequencies.len();
     at_least("embed", "step", step, 1)?;
-    at_least("embed", "out", out, weights.n_cols)?;
-    let config =
-        launch_1d(weights.n_cols.div_ceil(UNIT).div_ceil(embed_kernel::BLOCK_DIM), embed_kernel::BLOCK_DIM)?;
-    let kernel = embed_kernel::embed_kernel(weights.format);
-    let arguments = (weights.blocks.as_ptr(), step.as_ptr(), out.as_mut_ptr(), dim(weights.n_cols)?);
+    at_least("embed", "out", out, weights.n_cols())?;
+    at_least("embed", "rotation", rotation, pairs)?;
+    ensure!(weights.order() == RowOrder::NATURAL, "embed: the rows are in {:?}", weights.order());
+    let threads = weights.n_cols().div_ceil(UNIT).max(pairs);
+    let config = launch_1d(threads.div_ceil(embed_kernel::BLOCK_DIM), embed_kernel::BLOCK_DIM)?;
+    let arguments = (
+        weights.as_ref()?,
+        step.as_ptr(),
+        out.as_mut_ptr(),
+        dim(weights.n_cols())?,
+        rope.frequencies.as_ptr(),
+        rotation.as_mut_ptr(),
+        dim(pairs)?,
+    );
     // SAFETY: the matrix is whole by construction, the lengths are checked, and the token is below n_rows.
-    unsafe { device.launch(kernel, config, arguments) }
+    unsafe { device.launch(&embed_kernel::EMBED, config, arguments) }
 }
 
 /// `y[i] = x[i] * gamma[i] / sqrt(mean(x^2) + eps)` over `gamma.len()` values.
@@ -56,7 +75,7 @@ pub fn quantize_q8_1(device: &Device, x: &Buffer<f32>, out: &mut Q8_1Vector) -> 
     at_least("quantize_q8_1", "x", x, out.len)?;
     at_least("quantize_q8_1", "quants", &out.quants, out.len.div_ceil(Q8_1_BLOCK) * Q8_1_BLOCK / 4)?;
     at_least("quantize_q8_1", "scales", &out.scales, out.len.div_ceil(Q8_1_BLOCK))?;
-    let per_block = quantize::BLOCK_DIM * quantize::VALUES_PER_THREAD;
+    let per_block = quantize::BLOCK_DIM * VALUES_PER_THREAD;
     let config = launch_1d(out.len.div_ceil(per_block), quantize::BLOCK_DIM)?;
     let arguments = (x.as_ptr(), out.quants.as_mut_ptr(), out.scales.as_mut_ptr(), dim(out.len)?);
     // SAFETY: the lengths are checked.

@@ -1,10 +1,19 @@
 //! Launchers of the matrix-vector products.
 
-use super::{Input, Matrix, at_least, dim, launch_1d};
+use super::{Input, KvLayer, Matrix, Norm, Rope, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
 use cuda_std::launch::LaunchConfig;
-use gpu_kernels::gemv::{self as kernels, Addend};
+use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
+use gpu_kernels::formats::UNIT;
+use gpu_kernels::formats::tile::TILE_UNITS;
+use gpu_kernels::gemv::epilogue::{Addend, Qkv, Store, Swiglu};
+use gpu_kernels::gemv::input::Input as KernelInput;
+use gpu_kernels::gemv::stream::MAX_STAGES;
+use gpu_kernels::gemv::{self as kernels, MAX_WARPS, Schedule};
+use gpu_kernels::rope::RopeLayout;
+use gpu_kernels::rows::{Order, RowOrder};
+use gpu_kernels::step::Step;
 use std::ptr;
 
 /// Where a product goes.
@@ -18,86 +27,234 @@ pub enum Output<'a> {
     Add(&'a mut Buffer<f32>),
 }
 
-/// `y = W x`, with a bias or added onto `y`.
+/// `y = W x`, with a bias or added onto `y`; `x` is normalised first where there is a norm.
 ///
 /// # Errors
 /// When `x` has not `weights.n_cols()` values, another buffer is too short, or the launch fails.
-pub fn gemv(device: &Device, weights: &Matrix, x: Input, output: Output) -> Result<()> {
+pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
     let (y, bias, addend) = match output {
         Output::Set(y) => (y, None, Addend::None),
         Output::SetBiased(y, bias) => (y, Some(bias), Addend::Bias),
         Output::Add(y) => (y, None, Addend::Residual),
     };
-    check_input("gemv", weights, x)?;
-    at_least("gemv", "y", y, weights.n_rows)?;
+    let input = input("gemv", weights, x, norm)?;
+    at_least("gemv", "y", y, weights.n_rows())?;
     if let Some(bias) = bias {
-        at_least("gemv", "bias", bias, weights.n_rows)?;
+        at_least("gemv", "bias", bias, weights.n_rows())?;
     }
-    let config = config(device, weights.n_rows, kernels::ROWS_PER_BLOCK)?;
-    let (blocks, y) = (weights.blocks.as_ptr(), y.as_mut_ptr());
-    let bias = bias.map_or(ptr::null(), |bias| bias.as_ptr());
-    let (n_rows, n_cols) = (dim(weights.n_rows)?, dim(weights.n_cols)?);
-    let kernel = kernels::kernels(weights.format);
-    // SAFETY: the matrix is whole by construction, and the lengths are checked.
-    unsafe {
-        match x {
-            Input::Q8_1(x) => device.launch(
-                kernel.q8_1,
-                config,
-                (blocks, x.quants.as_ptr().cast(), x.scales.as_ptr(), bias, y, n_rows, n_cols, addend as u32),
-            ),
-            Input::F32(x) => device.launch(
-                kernel.f32,
-                config,
-                (blocks, x.as_ptr(), bias, y, n_rows, n_cols, addend as u32),
-            ),
-        }
-    }
+    let store =
+        Store { y: y.as_mut_ptr(), bias: bias.map_or(ptr::null(), |b| b.as_ptr()), addend: addend as u32 };
+    let is_exact = matches!(x, Input::F32(_));
+    let (schedule, config) = schedule(device, &[weights], is_exact)?;
+    let kernel = if is_exact { &kernels::f32::GEMV } else { &kernels::q8_1::GEMV };
+    // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
+    unsafe { device.launch(kernel, config, (weights.as_ref()?, input, schedule, store)) }
 }
 
-/// `y = silu(G x) * (U x)`, both matrices of the same shape and format.
+/// `y = silu(G x) * (U x)` of a matrix that has `G` above `U`, in [`Order::Halves`]; `x` is normalised first where there
+/// is a norm.
 ///
 /// # Errors
-/// When the matrices differ, `x` has not their `n_cols()` values, `y` is too short, or the launch fails.
-pub fn gemv_swiglu(device: &Device, gate: &Matrix, up: &Matrix, x: Input, y: &mut Buffer<f32>) -> Result<()> {
-    let key = |matrix: &Matrix| (matrix.format, matrix.n_rows, matrix.n_cols);
-    ensure!(key(gate) == key(up), "gemv_swiglu: gate is {:?}, up is {:?}", key(gate), key(up));
-    check_input("gemv_swiglu", gate, x)?;
-    at_least("gemv_swiglu", "y", y, gate.n_rows)?;
-    let config = config(device, gate.n_rows, kernels::ROWS_PER_BLOCK / 2)?;
-    let (gate_blocks, up_blocks, y) = (gate.blocks.as_ptr(), up.blocks.as_ptr(), y.as_mut_ptr());
-    let (n_rows, n_cols) = (dim(gate.n_rows)?, dim(gate.n_cols)?);
-    let kernel = kernels::kernels(gate.format);
-    // SAFETY: the matrices are whole by construction, and the lengths are checked.
-    unsafe {
-        match x {
-            Input::Q8_1(x) => device.launch(
-                kernel.swiglu_q8_1,
-                config,
-                (gate_blocks, up_blocks, x.quants.as_ptr().cast(), x.scales.as_ptr(), y, n_rows, n_cols),
-            ),
-            Input::F32(x) => device.launch(
-                kernel.swiglu_f32,
-                config,
-                (gate_blocks, up_blocks, x.as_ptr(), y, n_rows, n_cols),
-            ),
+/// When the rows are in another order, `x` has not `n_cols()` values, `y` is too short, or the launch fails.
+pub fn gemv_swiglu(
+    device: &Device,
+    gate_up: &Matrix,
+    x: Input,
+    norm: Option<Norm>,
+    y: &mut Buffer<f32>,
+) -> Result<()> {
+    ensure!(
+        gate_up.order().order == Order::Halves as u32,
+        "gemv_swiglu: gate and up must be one matrix in halves, found {:?}",
+        gate_up.order()
+    );
+    let input = input("gemv_swiglu", gate_up, x, norm)?;
+    at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
+    let is_exact = matches!(x, Input::F32(_));
+    let (schedule, config) = schedule(device, &[gate_up], is_exact)?;
+    let kernel = if is_exact { &kernels::f32::GEMV_SWIGLU } else { &kernels::q8_1::GEMV_SWIGLU };
+    let output = Swiglu { y: y.as_mut_ptr() };
+    // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
+    unsafe { device.launch(kernel, config, (gate_up.as_ref()?, input, schedule, output)) }
+}
+
+/// The weights of queries, keys and values, each with its bias where there is one.
+#[derive(Clone, Copy, Debug)]
+pub struct QkvWeights<'a> {
+    /// `[n_head * head_dim, n_embd]`, `[n_head_kv * head_dim, n_embd]` twice; the first two in [`pair_order`].
+    pub matrices: [&'a Matrix; 3],
+    /// As many values as the matrix has rows.
+    pub biases: [Option<&'a Buffer<f32>>; 3],
+}
+
+/// The order of the rows of `W_q` and `W_k` in which the two values of a rotated pair are neighbours.
+pub fn pair_order(layout: RopeLayout, head_dim: usize, n_rot: usize) -> RowOrder {
+    match layout {
+        RopeLayout::Interleaved => RowOrder::NATURAL,
+        RopeLayout::HalfSplit => {
+            RowOrder { order: Order::RotatedPairs as u32, group: head_dim as u32, n_rot: n_rot as u32 }
         }
     }
 }
 
-fn check_input(operation: &str, weights: &Matrix, x: Input) -> Result<()> {
-    ensure!(
-        x.len() == weights.n_cols,
-        "{operation}: the matrix is {} x {}, the vector has {} values",
-        weights.n_rows,
-        weights.n_cols,
-        x.len()
-    );
-    Ok(())
+/// Queries of a token, rotated, into `q`; its keys, rotated, and values into the cache at the step's position.
+///
+/// `rotation` is what [`embed`](super::embed) has left for the step. The position is in device memory: whoever writes
+/// it keeps it below the cache's `n_ctx`.
+///
+/// # Errors
+/// When a shape does not fit the others or the launch fails.
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
+pub fn gemv_qkv(
+    device: &Device,
+    weights: QkvWeights,
+    x: Input,
+    norm: Option<Norm>,
+    rope: &Rope,
+    rotation: &Buffer<[f32; 2]>,
+    step: &Buffer<Step>,
+    q: &mut Buffer<f32>,
+    cache: &mut KvLayer,
+) -> Result<()> {
+    let (head_dim, n_kv) = (cache.head_dim, cache.n_head_kv * cache.head_dim);
+    let n_rot = 2 * rope.frequencies.len();
+    let [wq, wk, wv] = weights.matrices;
+    ensure!(n_rot <= head_dim, "gemv_qkv: {n_rot} values to rotate in heads of {head_dim}");
+    let order = pair_order(rope.layout, head_dim, n_rot);
+    for (name, matrix, n_rows, order) in
+        [("q", wq, wq.n_rows(), order), ("k", wk, n_kv, order), ("v", wv, n_kv, RowOrder::NATURAL)]
+    {
+        ensure!(
+            matrix.n_rows() == n_rows && n_rows.is_multiple_of(head_dim) && matrix.n_cols() == wq.n_cols(),
+            "gemv_qkv: {name} is {} x {}, for {n_rows} rows in heads of {head_dim} and {} columns",
+            matrix.n_rows(),
+            matrix.n_cols(),
+            wq.n_cols()
+        );
+        ensure!(matrix.order() == order, "gemv_qkv: {name} is in {:?}, not {order:?}", matrix.order());
+    }
+    for (bias, matrix) in weights.biases.iter().zip(weights.matrices) {
+        if let Some(bias) = bias {
+            at_least("gemv_qkv", "bias", bias, matrix.n_rows())?;
+        }
+    }
+    let input = input("gemv_qkv", wq, x, norm)?;
+    at_least("gemv_qkv", "q", q, wq.n_rows())?;
+    at_least("gemv_qkv", "rotation", rotation, n_rot / 2)?;
+    at_least("gemv_qkv", "step", step, 1)?;
+    let output = Qkv {
+        q: q.as_mut_ptr(),
+        k_cache: cache.k.as_mut_ptr(),
+        v_cache: cache.v.as_mut_ptr(),
+        bias: weights.biases.map(|bias| bias.map_or(ptr::null(), |bias| bias.as_ptr())),
+        rotation: rotation.as_ptr(),
+        step: step.as_ptr(),
+        head_dim: dim(head_dim)?,
+        n_ctx: dim(cache.n_ctx)?,
+        n_rot: dim(n_rot)?,
+    };
+    let is_exact = matches!(x, Input::F32(_));
+    let (schedule, config) = schedule(device, &weights.matrices, is_exact)?;
+    let kernel = if is_exact { &kernels::f32::GEMV_QKV } else { &kernels::q8_1::GEMV_QKV };
+    let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
+    // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.
+    unsafe { device.launch(kernel, config, arguments) }
 }
 
-/// Enough blocks for all rows, or to keep the device busy: a block takes further rows until none is left.
-fn config(device: &Device, n_rows: usize, rows_per_block: usize) -> Result<LaunchConfig> {
-    let blocks = n_rows.div_ceil(rows_per_block).min(device.saturating_blocks() as usize);
-    launch_1d(blocks, kernels::BLOCK_DIM)
+/// The input as a launch passes it.
+fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Result<KernelInput> {
+    ensure!(
+        x.len() == weights.n_cols(),
+        "{operation}: the matrix is {} x {}, the vector has {} values",
+        weights.n_rows(),
+        weights.n_cols(),
+        x.len()
+    );
+    let mut input = KernelInput {
+        values: ptr::null(),
+        gamma: ptr::null(),
+        quants: ptr::null(),
+        scales: ptr::null(),
+        n: dim(x.len())?,
+        eps: 0.0,
+    };
+    match x {
+        Input::F32(values) | Input::Quantized(values) => input.values = values.as_ptr(),
+        Input::Q8_1(vector) => {
+            ensure!(norm.is_none(), "{operation}: a vector in Q8_1 cannot be normalised");
+            let blocks = vector.len().div_ceil(Q8_1_BLOCK);
+            at_least(operation, "quants", &vector.quants, blocks * Q8_1_BLOCK / 4)?;
+            at_least(operation, "scales", &vector.scales, blocks)?;
+            input.quants = vector.quants.as_ptr();
+            input.scales = vector.scales.as_ptr();
+        }
+    }
+    if let Some(norm) = norm {
+        ensure!(
+            norm.gamma.len() == x.len(),
+            "{operation}: gamma has {} values, the vector {}",
+            norm.gamma.len(),
+            x.len()
+        );
+        input.gamma = norm.gamma.as_ptr();
+        input.eps = norm.eps;
+    }
+    Ok(input)
+}
+
+/// Most bytes of shared memory for the sums of a block's quads: beyond that, more blocks take them.
+const SUMS_BYTES: usize = 16 << 10;
+
+/// Deals out the work: one block per multiprocessor, of which each has its share of quads, and as many tiles on their
+/// way as fit into half of a multiprocessor's shared memory, so that the next kernel's block starts beside this one's.
+fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Schedule, LaunchConfig)> {
+    let unit_words = if is_exact { F32Vector::UNIT_WORDS } else { Q8_1::UNIT_WORDS };
+    let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
+    let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
+    let stage_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0);
+    let whole = device.shared_bytes() as usize;
+    // A multiprocessor has 1 KB more than a block can have, and keeps 1 KB per block for itself.
+    let half = (whole + 1024) / 2 - 1024;
+    // On the CPU the threads of a block take turns: more of them only cost.
+    let most_warps = if device.is_cuda() { MAX_WARPS as usize } else { 4 };
+
+    // What fits: rather fewer warps than fewer than two stages, rather parts of the vector than one warp.
+    let fit = |n_warps: usize, slab_tiles: usize, room: usize| {
+        let vector = slab_tiles * TILE_UNITS * unit_words * 4;
+        let left = room.checked_sub(vector + SUMS_BYTES + 1024)?;
+        let stages = (left / (n_warps * stage_bytes)).min(MAX_STAGES as usize);
+        (stages >= 2).then_some((n_warps, slab_tiles, stages))
+    };
+    let choices = [(most_warps, n_tiles, half), (most_warps, n_tiles, whole)];
+    let fewer = (1..n_tiles.ilog2() + 1).map(|i| n_tiles.div_ceil(1 << i));
+    let fewer = fewer.flat_map(|slab_tiles| [(most_warps, slab_tiles, whole), (2, slab_tiles, whole)]);
+    let all = choices.into_iter().chain([(2, n_tiles, whole)]).chain(fewer);
+    let fitting = all.into_iter().find_map(|(n_warps, slab_tiles, room)| fit(n_warps, slab_tiles, room));
+    let Some((n_warps, slab_tiles, stages)) = fitting else {
+        anyhow::bail!(
+            "gemv: {whole} bytes of shared memory do not hold two tiles of {stage_bytes} bytes and their part of a vector"
+        );
+    };
+
+    let sums_bytes = 16;
+    let n_blocks = (device.multiprocessors() as usize)
+        .max((n_quads * slab_tiles.min(n_warps) * sums_bytes).div_ceil(SUMS_BYTES))
+        .min(n_quads);
+    let quads_per_block = n_quads.div_ceil(n_blocks);
+    // The rounds that the busiest warp goes, for each way to share a quad; of equals, the least sharing.
+    let steps = |warps_per_quad: usize| quads_per_block.div_ceil(n_warps / warps_per_quad);
+    let rounds = |warps_per_quad: usize| steps(warps_per_quad) * slab_tiles.div_ceil(warps_per_quad);
+    let shares = (1..=n_warps.min(slab_tiles)).filter(|share| n_warps.is_multiple_of(*share));
+    let warps_per_quad = shares.min_by_key(|&share| rounds(share)).unwrap_or(1);
+
+    let schedule = Schedule {
+        warps_per_quad: dim(warps_per_quad)?,
+        steps: dim(steps(warps_per_quad))?,
+        slab_tiles: dim(slab_tiles)?,
+        stages: dim(stages)?,
+        stage_words: dim(stage_bytes / 4)?,
+    };
+    let mut config = launch_1d(n_blocks, 32 * n_warps)?;
+    config.dynamic_shared_bytes = 4 * schedule.shared_words(n_warps as u32, unit_words as u32);
+    Ok((schedule, config))
 }

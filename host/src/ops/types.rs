@@ -4,70 +4,8 @@ use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
 use gpu_kernels::activations::{Q8_1_BLOCK, Q8_1Scale};
 use gpu_kernels::attention::{HEAD_DIM_STEP, MAX_HEAD_DIM};
-use gpu_kernels::formats::Format;
 use gpu_kernels::rope::RopeLayout;
 use half::f16;
-
-/// A weight matrix in device memory: `n_rows` outputs, `n_cols` inputs, row by row in the blocks of its format.
-#[derive(Debug)]
-pub struct Matrix {
-    pub(super) format: Format,
-    pub(super) n_rows: usize,
-    pub(super) n_cols: usize,
-    pub(super) blocks: Buffer<u8>,
-}
-
-impl Matrix {
-    /// Uploads a matrix.
-    ///
-    /// # Errors
-    /// When `n_cols` is not a multiple of the format's block, the bytes are not exactly the matrix's, or the
-    /// device has no room.
-    pub fn upload(
-        device: &Device,
-        format: Format,
-        n_rows: usize,
-        n_cols: usize,
-        bytes: &[u8],
-    ) -> Result<Self> {
-        ensure!(n_rows > 0 && n_cols > 0, "a matrix of {n_rows} x {n_cols} weights is empty");
-        ensure!(
-            n_cols.is_multiple_of(format.block_len()),
-            "{} needs rows of a multiple of {} weights, found {n_cols}",
-            format.name(),
-            format.block_len()
-        );
-        let needed =
-            n_rows.checked_mul(format.row_bytes(n_cols)).context("the matrix is too large to address")?;
-        ensure!(
-            bytes.len() == needed,
-            "{n_rows} x {n_cols} weights in {} need {needed} bytes, found {}",
-            format.name(),
-            bytes.len()
-        );
-        Ok(Self { format, n_rows, n_cols, blocks: device.alloc_from(bytes)? })
-    }
-
-    /// How the weights are stored.
-    pub fn format(&self) -> Format {
-        self.format
-    }
-
-    /// Outputs.
-    pub fn n_rows(&self) -> usize {
-        self.n_rows
-    }
-
-    /// Inputs.
-    pub fn n_cols(&self) -> usize {
-        self.n_cols
-    }
-
-    /// Size in device memory.
-    pub fn n_bytes(&self) -> usize {
-        self.blocks.n_bytes()
-    }
-}
 
 /// A Q8_1 vector in device memory ([`gpu_kernels::activations`]).
 #[derive(Debug)]
@@ -105,17 +43,28 @@ impl Q8_1Vector {
 pub enum Input<'a> {
     /// Exact: weights are dequantized, products are in f32.
     F32(&'a Buffer<f32>),
-    /// Fast: integer products with dp4a.
+    /// Fast: quantized to Q8_1 by the kernel itself, integer products with dp4a.
+    Quantized(&'a Buffer<f32>),
+    /// Fast: in Q8_1 already.
     Q8_1(&'a Q8_1Vector),
 }
 
 impl Input<'_> {
     pub(super) fn len(&self) -> usize {
         match self {
-            Input::F32(values) => values.len(),
+            Input::F32(values) | Input::Quantized(values) => values.len(),
             Input::Q8_1(vector) => vector.len(),
         }
     }
+}
+
+/// RMSNorm of an input that a kernel normalises itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm<'a> {
+    /// The factors, as many as the input has values.
+    pub gamma: &'a Buffer<f32>,
+    /// What is added to the mean square.
+    pub eps: f32,
 }
 
 /// A layer's KV cache: two arrays of shape `[n_head_kv, n_ctx, head_dim]`.

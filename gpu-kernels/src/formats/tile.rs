@@ -1,0 +1,154 @@
+//! Tiles: how a matrix lies in device memory.
+//!
+//! Rows are taken four at a time (a *quad*); the last ones are filled up with zeros. A quad is a sequence of tiles of
+//! 32 units, the last of what is left, each starting at a multiple of 16 bytes. A warp works on a tile at a time, a
+//! lane on one unit of each of the four rows: so the activations are read once for four rows, and a tile of Q4_K
+//! is 2,304 consecutive bytes to stream.
+
+use super::WeightFormat;
+use cuda_std::memory::{ld_stream_u16, ld_stream_u32, ld_stream_u32x2, ld_stream_u32x4};
+use cuda_std::shared::DynamicShared;
+
+/// Rows in a tile.
+pub const TILE_ROWS: usize = 4;
+/// Units in each row of a tile, but for the last tile of a row.
+pub const TILE_UNITS: usize = 32;
+/// Tiles start at multiples of this many bytes.
+pub const ALIGNMENT: usize = 16;
+
+/// Bytes of a tile of `n_units` units, rounded up to whole loads.
+#[inline(always)]
+pub fn aligned_bytes<F: WeightFormat>(n_units: usize) -> usize {
+    F::tile_bytes(n_units).next_multiple_of(ALIGNMENT)
+}
+
+/// Where tiles and quads of a matrix start.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Units in a row.
+    pub n_units: usize,
+    /// Bytes of a tile of 32 units.
+    pub tile_bytes: usize,
+    /// Bytes of the last tile of a row, where it is shorter.
+    pub last_tile_bytes: usize,
+}
+
+impl Geometry {
+    /// Tiles in a quad.
+    #[inline(always)]
+    pub fn n_tiles(self) -> usize {
+        self.n_units.div_ceil(TILE_UNITS)
+    }
+
+    /// Units in each row of tile `tile`.
+    #[inline(always)]
+    pub fn units_of(self, tile: usize) -> usize {
+        TILE_UNITS.min(self.n_units - tile * TILE_UNITS)
+    }
+
+    /// Bytes of tile `tile`.
+    #[inline(always)]
+    pub fn bytes_of(self, tile: usize) -> usize {
+        if (tile + 1) * TILE_UNITS <= self.n_units { self.tile_bytes } else { self.last_tile_bytes }
+    }
+
+    /// Bytes of a quad.
+    #[inline(always)]
+    pub fn quad_bytes(self) -> usize {
+        let short = if self.n_units.is_multiple_of(TILE_UNITS) { 0 } else { self.last_tile_bytes };
+        self.n_units / TILE_UNITS * self.tile_bytes + short
+    }
+
+    /// Where tile `tile` of quad `quad` starts, in bytes.
+    #[inline(always)]
+    pub fn offset(self, quad: usize, tile: usize) -> usize {
+        quad * self.quad_bytes() + tile * self.tile_bytes
+    }
+}
+
+/// A tile's bytes, in shared or in device memory. Offsets are multiples of the size of what is read.
+pub trait TileSource: Copy {
+    /// Two bytes.
+    fn u16(self, offset: usize) -> u16;
+    /// Four bytes.
+    fn u32(self, offset: usize) -> u32;
+    /// Eight bytes.
+    fn u32x2(self, offset: usize) -> [u32; 2];
+    /// Sixteen bytes.
+    fn u32x4(self, offset: usize) -> [u32; 4];
+}
+
+/// A tile in shared memory.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedTile {
+    /// The launch's shared memory.
+    pub memory: DynamicShared<u32>,
+    /// Where the tile starts, in words; a multiple of 4.
+    pub start: usize,
+}
+
+impl TileSource for SharedTile {
+    #[inline(always)]
+    fn u16(self, offset: usize) -> u16 {
+        self.memory.view::<u16>().get(2 * self.start + offset / 2)
+    }
+
+    #[inline(always)]
+    fn u32(self, offset: usize) -> u32 {
+        self.memory.get(self.start + offset / 4)
+    }
+
+    #[inline(always)]
+    fn u32x2(self, offset: usize) -> [u32; 2] {
+        let both = self.memory.view::<u64>().get(self.start / 2 + offset / 8);
+        [both as u32, (both >> 32) as u32]
+    }
+
+    #[inline(always)]
+    fn u32x4(self, offset: usize) -> [u32; 4] {
+        self.memory.get4(self.start + offset / 4)
+    }
+}
+
+/// A tile in device memory.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceTile {
+    start: *const u8,
+}
+
+impl DeviceTile {
+    /// The tile at `start`.
+    ///
+    /// # Safety
+    /// All of the tile must be there, and stay unchanged.
+    #[inline(always)]
+    pub unsafe fn at(start: *const u8) -> Self {
+        Self { start }
+    }
+}
+
+impl TileSource for DeviceTile {
+    #[inline(always)]
+    fn u16(self, offset: usize) -> u16 {
+        // SAFETY: inside the tile, by the promise of `at`.
+        unsafe { ld_stream_u16(self.start.add(offset).cast()) }
+    }
+
+    #[inline(always)]
+    fn u32(self, offset: usize) -> u32 {
+        // SAFETY: inside the tile, by the promise of `at`.
+        unsafe { ld_stream_u32(self.start.add(offset).cast()) }
+    }
+
+    #[inline(always)]
+    fn u32x2(self, offset: usize) -> [u32; 2] {
+        // SAFETY: inside the tile, by the promise of `at`.
+        unsafe { ld_stream_u32x2(self.start.add(offset).cast()) }
+    }
+
+    #[inline(always)]
+    fn u32x4(self, offset: usize) -> [u32; 4] {
+        // SAFETY: inside the tile, by the promise of `at`.
+        unsafe { ld_stream_u32x4(self.start.add(offset).cast()) }
+    }
+}

@@ -1,0 +1,135 @@
+//! The forward pass in one kernel per operation: what the fused one is measured against, and where a run can be
+//! stopped after each of them.
+
+use super::forward;
+use super::trace::{Halt, Op, Probe};
+use super::weights::{GateUp, Layer, Linear, Weights};
+use super::{Activations, Settings};
+use crate::config::Config;
+use crate::device::{Buffer, Device};
+use crate::ops::{self, Input, KvLayer, Output, Q8_1Vector};
+use anyhow::Result;
+
+/// The buffers that only this pass needs.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    /// The hidden state, normalised: `[n_embd]`.
+    normed: Buffer<f32>,
+    /// `normed` in Q8_1: `[n_embd]`.
+    normed_q8: Q8_1Vector,
+    /// Keys: `[n_head_kv, head_dim]`.
+    k: Buffer<f32>,
+    /// Values: `[n_head_kv, head_dim]`.
+    v: Buffer<f32>,
+    /// Attention's heads in Q8_1: `[n_head * head_dim]`.
+    heads_q8: Q8_1Vector,
+}
+
+impl Buffers {
+    pub(super) fn alloc(device: &Device, config: &Config) -> Result<Self> {
+        let (n_q, n_kv) = (config.n_head * config.head_dim, config.n_head_kv * config.head_dim);
+        Ok(Self {
+            normed: device.alloc(config.n_embd)?,
+            normed_q8: Q8_1Vector::alloc(device, config.n_embd)?,
+            k: device.alloc(n_kv)?,
+            v: device.alloc(n_kv)?,
+            heads_q8: Q8_1Vector::alloc(device, n_q)?,
+        })
+    }
+}
+
+/// One layer, as [`forward::layer`].
+pub(super) fn layer(
+    device: &Device,
+    weights: &Layer,
+    settings: &Settings,
+    cache: &mut KvLayer,
+    b: &mut forward::Buffers,
+    index: usize,
+    probe: Probe,
+) -> Result<(), Halt> {
+    let Settings { activations, rms_eps, head_dim, n_head_kv, ref rope, attention, .. } = *settings;
+    let u = &mut b.unfused;
+
+    ops::rms_norm(device, &b.x, &weights.attn_norm, rms_eps, &mut u.normed)?;
+    probe.after(Op::AttnNorm, index, device, &u.normed)?;
+    let normed = input(device, activations, &u.normed, &mut u.normed_q8)?;
+    linear(device, &weights.attn_q, normed, &mut b.q)?;
+    probe.after(Op::Q, index, device, &b.q)?;
+    linear(device, &weights.attn_k, normed, &mut u.k)?;
+    probe.after(Op::K, index, device, &u.k)?;
+    linear(device, &weights.attn_v, normed, &mut u.v)?;
+    probe.after(Op::V, index, device, &u.v)?;
+
+    ops::rope(device, &mut b.q, rope, &b.step, attention.n_head, head_dim)?;
+    probe.after(Op::QRope, index, device, &b.q)?;
+    ops::rope(device, &mut u.k, rope, &b.step, n_head_kv, head_dim)?;
+    probe.after(Op::KRope, index, device, &u.k)?;
+    ops::kv_append(device, &u.k, &u.v, cache, &b.step)?;
+    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.heads)?;
+    probe.after(Op::Attention, index, device, &b.heads)?;
+    let heads = input(device, activations, &b.heads, &mut u.heads_q8)?;
+    ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x))?;
+    probe.after(Op::AttnOutput, index, device, &b.x)?;
+
+    ops::rms_norm(device, &b.x, &weights.ffn_norm, rms_eps, &mut u.normed)?;
+    probe.after(Op::FfnNorm, index, device, &u.normed)?;
+    let normed = input(device, activations, &u.normed, &mut u.normed_q8)?;
+    let ffn = &mut b.ffn;
+    match &weights.ffn_gate_up {
+        GateUp::Joined(matrix) => ops::gemv(device, matrix, normed, None, Output::Set(&mut ffn.gate_up))?,
+        GateUp::Apart { gate, up } => {
+            let (n_gate, n_up) = (gate.n_rows(), up.n_rows());
+            let mut halves = [ffn.gate_up.part(0..n_gate), ffn.gate_up.part(n_gate..n_gate + n_up)];
+            ops::gemv(device, gate, normed, None, Output::Set(&mut halves[0]))?;
+            ops::gemv(device, up, normed, None, Output::Set(&mut halves[1]))?;
+        }
+    }
+    let n_ff = ffn.hidden.len();
+    let mut gate = ffn.gate_up.part(0..n_ff);
+    ops::swiglu(device, &mut gate, &ffn.gate_up.part(n_ff..2 * n_ff))?;
+    probe.after(Op::FfnSwiglu, index, device, &gate)?;
+    let hidden = input(device, activations, &gate, &mut ffn.hidden_q8)?;
+    ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x))?;
+    probe.after(Op::FfnOutput, index, device, &b.x)
+}
+
+/// The logits of the hidden state.
+pub(super) fn logits(
+    device: &Device,
+    weights: &Weights,
+    settings: &Settings,
+    b: &mut forward::Buffers,
+    probe: Probe,
+) -> Result<(), Halt> {
+    let u = &mut b.unfused;
+    ops::rms_norm(device, &b.x, &weights.output_norm, settings.rms_eps, &mut u.normed)?;
+    probe.after(Op::OutputNorm, 0, device, &u.normed)?;
+    let normed = input(device, settings.activations, &u.normed, &mut u.normed_q8)?;
+    Ok(ops::gemv(device, weights.output(), normed, None, Output::Set(&mut b.logits))?)
+}
+
+/// `y = W x + b`, the bias where there is one.
+fn linear(device: &Device, weights: &Linear, x: Input, y: &mut Buffer<f32>) -> Result<()> {
+    let output = match &weights.bias {
+        Some(bias) => Output::SetBiased(y, bias),
+        None => Output::Set(y),
+    };
+    ops::gemv(device, &weights.weight, x, None, output)
+}
+
+/// A vector as the matrices take it: as it is on the exact path, quantized into `q8` on the fast one.
+fn input<'a>(
+    device: &Device,
+    activations: Activations,
+    values: &'a Buffer<f32>,
+    q8: &'a mut Q8_1Vector,
+) -> Result<Input<'a>> {
+    match activations {
+        Activations::F32 => Ok(Input::F32(values)),
+        Activations::Q8_1 => {
+            ops::quantize_q8_1(device, values, q8)?;
+            Ok(Input::Q8_1(q8))
+        }
+    }
+}

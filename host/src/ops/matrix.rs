@@ -1,0 +1,210 @@
+//! Weight matrices in device memory.
+
+use super::{dim, launch_1d};
+use crate::device::{Buffer, Device};
+use anyhow::{Context as _, Result, ensure};
+use gpu_kernels::formats::tile::{Geometry, TILE_ROWS, TILE_UNITS};
+use gpu_kernels::formats::{Format, UNIT};
+use gpu_kernels::gemv::MatrixRef;
+use gpu_kernels::pack;
+use gpu_kernels::rows::{Order, RowOrder};
+
+/// Bytes of a file that are on the device at once beside the packed matrices.
+const STAGING_BYTES: usize = 32 << 20;
+
+/// A weight matrix in device memory: `n_rows` outputs, `n_cols` inputs, in tiles ([`gpu_kernels::formats::tile`]).
+#[derive(Debug)]
+pub struct Matrix {
+    format: Format,
+    n_rows: usize,
+    n_cols: usize,
+    order: RowOrder,
+    geometry: Geometry,
+    tiles: Buffer<u8>,
+}
+
+impl Matrix {
+    /// Uploads a matrix of rows in GGUF blocks.
+    ///
+    /// # Errors
+    /// As [`Packer::matrix`].
+    pub fn upload(
+        device: &Device,
+        format: Format,
+        n_rows: usize,
+        n_cols: usize,
+        bytes: &[u8],
+    ) -> Result<Self> {
+        Packer::new(device).matrix(format, n_rows, n_cols, RowOrder::NATURAL, &[bytes])
+    }
+
+    /// How the weights are stored.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Outputs.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Inputs.
+    pub fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
+    /// The order of its rows in device memory.
+    pub fn order(&self) -> RowOrder {
+        self.order
+    }
+
+    /// Size in device memory.
+    pub fn n_bytes(&self) -> usize {
+        self.tiles.n_bytes()
+    }
+
+    /// Quads of four rows.
+    pub(super) fn n_quads(&self) -> usize {
+        self.n_rows.div_ceil(TILE_ROWS)
+    }
+
+    /// Bytes of its largest tile.
+    pub(super) fn largest_tile(&self) -> usize {
+        if self.geometry.n_units < TILE_UNITS {
+            self.geometry.last_tile_bytes
+        } else {
+            self.geometry.tile_bytes
+        }
+    }
+
+    /// The matrix as a launch passes it.
+    pub(super) fn as_ref(&self) -> Result<MatrixRef> {
+        Ok(MatrixRef {
+            tiles: self.tiles.as_ptr(),
+            format: self.format as u32,
+            n_rows: dim(self.n_rows)?,
+            n_quads: dim(self.n_quads())?,
+            tile_bytes: dim(self.geometry.tile_bytes)?,
+            last_tile_bytes: dim(self.geometry.last_tile_bytes)?,
+            quad_bytes: dim(self.geometry.quad_bytes())?,
+            order: self.order,
+        })
+    }
+}
+
+/// Uploads matrices, one after the other, and packs them into tiles on the device.
+pub struct Packer<'d> {
+    device: &'d Device,
+    /// Rows as they are in the file, on their way.
+    staging: Option<Buffer<u8>>,
+}
+
+impl<'d> Packer<'d> {
+    /// A packer that has packed nothing.
+    pub fn new(device: &'d Device) -> Self {
+        Self { device, staging: None }
+    }
+
+    /// Uploads a matrix whose rows are those of `parts`, one below the other, in GGUF blocks.
+    ///
+    /// # Errors
+    /// When `n_cols` is not a multiple of the format's block, the bytes are not exactly the matrix's, the rows cannot be
+    /// put in this order, or the device has no room.
+    pub fn matrix(
+        &mut self,
+        format: Format,
+        n_rows: usize,
+        n_cols: usize,
+        order: RowOrder,
+        parts: &[&[u8]],
+    ) -> Result<Matrix> {
+        ensure!(n_rows > 0 && n_cols > 0, "a matrix of {n_rows} x {n_cols} weights is empty");
+        ensure!(
+            n_cols.is_multiple_of(format.block_len()),
+            "{} needs rows of a multiple of {} weights, found {n_cols}",
+            format.name(),
+            format.block_len()
+        );
+        let row_bytes = format.row_bytes(n_cols);
+        let needed = n_rows.checked_mul(row_bytes).context("the matrix is too large to address")?;
+        let found: usize = parts.iter().map(|part| part.len()).sum();
+        ensure!(
+            found == needed,
+            "{n_rows} x {n_cols} weights in {} need {needed} bytes, found {found}",
+            format.name()
+        );
+        check_order(order, n_rows)?;
+        let mut matrix = self.unwritten(format, n_rows, n_cols, order)?;
+        let mut first_row = 0;
+        let rows_at_once = (STAGING_BYTES / row_bytes).max(1);
+        for part in parts {
+            ensure!(part.len().is_multiple_of(row_bytes), "a part of a matrix ends inside a row");
+            for rows in part.chunks(rows_at_once * row_bytes) {
+                self.pack(&mut matrix, first_row, rows)?;
+                first_row += rows.len() / row_bytes;
+            }
+        }
+        Ok(matrix)
+    }
+
+    /// Room for a matrix: zeros, where no rows are written.
+    fn unwritten(&self, format: Format, n_rows: usize, n_cols: usize, order: RowOrder) -> Result<Matrix> {
+        let n_units = n_cols.div_ceil(UNIT);
+        let geometry = Geometry {
+            n_units,
+            tile_bytes: format.tile_bytes(TILE_UNITS),
+            last_tile_bytes: format.tile_bytes(n_units % TILE_UNITS),
+        };
+        let bytes = n_rows.div_ceil(TILE_ROWS).checked_mul(geometry.quad_bytes());
+        let bytes = bytes.context("the matrix is too large to address")?;
+        let tiles = if n_rows.is_multiple_of(TILE_ROWS) && format.block_len() % UNIT == 0 {
+            self.device.alloc(bytes)?
+        } else {
+            self.device.alloc_zeroed(bytes)?
+        };
+        Ok(Matrix { format, n_rows, n_cols, order, geometry, tiles })
+    }
+
+    /// Uploads some rows and packs them to their places.
+    fn pack(&mut self, matrix: &mut Matrix, first_row: usize, rows: &[u8]) -> Result<()> {
+        let staging = match &mut self.staging {
+            Some(staging) if staging.len() >= rows.len() => staging,
+            staging => staging.insert(self.device.alloc(rows.len().max(STAGING_BYTES))?),
+        };
+        let mut staging = staging.part(0..rows.len());
+        self.device.upload(&mut staging, rows)?;
+        let n_rows = rows.len() / matrix.format.row_bytes(matrix.n_cols);
+        let arguments = (
+            staging.as_ptr(),
+            dim(first_row)?,
+            dim(n_rows)?,
+            dim(matrix.n_cols)?,
+            matrix.tiles.as_mut_ptr(),
+            matrix.order,
+            matrix.format as u32,
+            dim(matrix.geometry.tile_bytes)?,
+            dim(matrix.geometry.last_tile_bytes)?,
+        );
+        let threads = n_rows * matrix.geometry.n_tiles();
+        let config = launch_1d(threads.div_ceil(pack::BLOCK_DIM), pack::BLOCK_DIM)?;
+        // SAFETY: the rows are whole and below the matrix's n_rows, which the tiles have room for.
+        unsafe { self.device.launch(&pack::PACK, config, arguments) }
+    }
+}
+
+/// Refuses orders that would put rows on top of each other, or part of a pair into another quad.
+fn check_order(order: RowOrder, n_rows: usize) -> Result<()> {
+    let (group, n_rot) = (order.group as usize, order.n_rot as usize);
+    if order.order == Order::Halves as u32 {
+        ensure!(
+            group > 0 && group.is_multiple_of(2) && n_rows == 2 * group,
+            "{n_rows} rows are not two halves of {group}"
+        );
+    } else if order.order == Order::RotatedPairs as u32 {
+        ensure!(
+            group > 0 && n_rows.is_multiple_of(group) && n_rot.is_multiple_of(2) && n_rot <= group,
+            "{n_rows} rows are not heads of {group}, of which {n_rot} are rotated in pairs"
+        );
+    }
+    Ok(())
+}
