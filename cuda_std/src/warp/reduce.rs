@@ -110,6 +110,31 @@ pub fn warp_reduce_add_n<const N: usize>(mask: u32, values: [f32; N], width: u32
     }
 }
 
+/// Four sums over the whole warp: lanes 0 to 7 get the sum of every lane's first value, lanes 8 to 15 that of the
+/// second, and so on. Takes a third of the exchanges that [`warp_reduce_add_n`] takes.
+#[inline(always)]
+#[track_caller]
+pub fn warp_reduce_add_4(values: [f32; 4]) -> f32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            use super::{FULL_MASK, lane_id};
+            let exchange = |keep: f32, give: f32, distance: u32| {
+                keep + warp_shuffle_xor(FULL_MASK, give, distance, 32)
+            };
+            let [v0, v1, v2, v3] = values;
+            // Each half of the warp gives away the two values that it will not sum up, then each quarter one.
+            let upper = lane_id() & 16 != 0;
+            let (keep0, give0) = if upper { (v2, v0) } else { (v0, v2) };
+            let (keep1, give1) = if upper { (v3, v1) } else { (v1, v3) };
+            let (a, b) = (exchange(keep0, give0, 16), exchange(keep1, give1, 16));
+            let (keep, give) = if lane_id() & 8 != 0 { (b, a) } else { (a, b) };
+            let sum = exchange(keep, give, 8);
+            butterfly(FULL_MASK, sum, 8, |a, b| a + b)
+        }
+        _ => collective::<FourSums>(super::FULL_MASK, 32, values)[0],
+    }
+}
+
 #[cfg(target_arch = "nvptx64")]
 #[inline(always)]
 fn butterfly<T: Shuffle>(mask: u32, mut value: T, width: u32, combine: impl Fn(T, T) -> T) -> T {
@@ -169,6 +194,25 @@ mod emulated {
         }
     }
 
+    pub(super) struct FourSums;
+
+    impl Collective for FourSums {
+        type Operand = [f32; 4];
+        const NAME: &'static str = "warp_reduce_add_4";
+
+        fn compute(lanes: &Lanes<[f32; 4]>, width: u32) {
+            let mut values: [[f32; 4]; 32] =
+                std::array::from_fn(|lane| lanes.get(lane).unwrap_or([f32::POISON; 4]));
+            fold(&mut values, width, |mut a, b| {
+                for i in 0..4 {
+                    a[i] += b[i];
+                }
+                a
+            });
+            lanes.set_each(|lane| [values[0][lane / 8]; 4]);
+        }
+    }
+
     fn gather<T: Reduce>(lanes: &Lanes<T>) -> [T; 32] {
         std::array::from_fn(|lane| lanes.get(lane).unwrap_or(T::POISON))
     }
@@ -194,4 +238,4 @@ mod emulated {
     }
 }
 #[cfg(not(target_arch = "nvptx64"))]
-use emulated::{Maximum, Sum, Sums};
+use emulated::{FourSums, Maximum, Sum, Sums};

@@ -3,6 +3,7 @@
 use super::MAX_WARPS;
 use crate::activations::{Activations, Q8_1, Q8_1Scale, Quantized, VALUES_PER_THREAD};
 use crate::formats::{UNIT, UNIT_WORDS};
+use cuda_std::float::mul_add;
 use cuda_std::memory::ld_global_u32x4;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, thread_idx_x};
@@ -64,7 +65,7 @@ impl Input {
                 // SAFETY: the word and its block are inside the vector.
                 let quantized = unsafe {
                     let scale = *self.scales.add((first_word + word) / UNIT_WORDS);
-                    Quantized { word: *self.quants.add(first_word + word), d: scale.d, sum: scale.sum }
+                    Quantized { word: *self.quants.add(first_word + word), d: scale.d }
                 };
                 Q8_1::store_quantized(memory, n_units, word, quantized);
             }
@@ -77,28 +78,36 @@ impl Input {
         let lane = thread % WARP_SIZE as usize;
         while warp_word < n_words {
             let first = first_word + warp_word + lane;
-            let [x0, x1] = [0, block_dim].map(|i| {
-                // SAFETY: the vector is as the fields say.
-                unsafe { fetch(self.values, self.n as usize, first + i, warp_word + i < n_words) }
-            });
-            let (mut scaled0, mut scaled1) = (x0, x1);
+            // What a thread works on in four rounds is on its way at once.
+            let fetch = |from: *const f32| {
+                [0, 1, 2, 3].map(|i| {
+                    let wanted = warp_word + i * block_dim < n_words;
+                    // SAFETY: the vector is as the fields say.
+                    unsafe { fetch(from, self.n as usize, first + i * block_dim, wanted) }
+                })
+            };
+            let mut values = fetch(self.values);
             if self.is_normalised() {
-                let [g0, g1] = [0, block_dim].map(|i| {
-                    // SAFETY: as above.
-                    unsafe { fetch(self.gamma, self.n as usize, first + i, warp_word + i < n_words) }
-                });
-                for j in 0..VALUES_PER_THREAD {
-                    square_sum += x0[j] * x0[j] + x1[j] * x1[j];
-                    scaled0[j] *= g0[j];
-                    scaled1[j] *= g1[j];
+                let gamma = fetch(self.gamma);
+                for i in 0..4 {
+                    for j in 0..VALUES_PER_THREAD {
+                        square_sum = mul_add(values[i][j], values[i][j], square_sum);
+                        values[i][j] *= gamma[i][j];
+                    }
                 }
             }
-            X::store(memory, n_units, warp_word + lane, scaled0);
-            if warp_word + block_dim < n_words {
-                X::store(memory, n_units, warp_word + block_dim + lane, scaled1);
-            }
-            // Two of a thread's words are on their way at once.
-            warp_word += 2 * block_dim;
+            let [x0, x1, x2, x3] = values;
+            let store = |i: usize, values| {
+                let word = warp_word + i * block_dim;
+                if word < n_words {
+                    X::store(memory, n_units, word + lane, values);
+                }
+            };
+            store(0, x0);
+            store(1, x1);
+            store(2, x2);
+            store(3, x3);
+            warp_word += 4 * block_dim;
         }
         square_sum
     }
@@ -123,12 +132,24 @@ unsafe fn fetch(from: *const f32, n: usize, word: usize, wanted: bool) -> [f32; 
     }
 }
 
-/// Leaves the sums of the warps' squares at word `at` of the shared memory, one per warp.
+/// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.
 #[inline(always)]
-pub fn store_squares(memory: DynamicShared<u32>, at: usize, square_sum: f32) {
+pub fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32) {
     let sum = warp_reduce_add(FULL_MASK, square_sum, WARP_SIZE);
-    let warp = (thread_idx_x() / WARP_SIZE) as usize;
-    if thread_idx_x().is_multiple_of(WARP_SIZE) && warp < MAX_WARPS as usize {
-        memory.set(at + warp, sum.to_bits());
+    let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
+    if thread % WARP_SIZE == 0 {
+        memory.set((at + thread / WARP_SIZE) as usize, sum.to_bits());
+    }
+    if n_warps + thread < MAX_WARPS {
+        memory.set((at + n_warps + thread) as usize, 0);
     }
 }
+
+/// The sum of what [`store_squares`] has left.
+#[inline(always)]
+pub fn load_squares(memory: DynamicShared<u32>, at: u32) -> f32 {
+    let [a, b, c, d] = memory.get4(at as usize).map(f32::from_bits);
+    let [e, f, g, h] = memory.get4(at as usize + 4).map(f32::from_bits);
+    (a + b) + (c + d) + ((e + f) + (g + h))
+}
+const _: () = assert!(MAX_WARPS == 8);

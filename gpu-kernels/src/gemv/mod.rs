@@ -19,12 +19,12 @@ use core::marker::PhantomData;
 use cuda_std::float::rsqrt;
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_n};
+use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Epilogue, Qkv, Store, Swiglu};
 use input::Input;
-use stream::{Deal, Stream};
+use stream::{Deal, Share, Stream};
 
 /// Most warps in a block: two blocks of them fit on a multiprocessor, so that the next kernel's starts beside this one's.
 pub const MAX_WARPS: u32 = 8;
@@ -57,10 +57,13 @@ pub struct MatrixRef {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
-    /// Warps that share a quad's tiles: a divisor of the block's warps, at most `slab_tiles`.
-    pub warps_per_quad: u32,
-    /// Quads that each group of warps takes, one after the other.
-    pub steps: u32,
+    /// The logarithm to base 2 of the number of warps that share a quad's tiles; the number divides the block's warps and
+    /// is at most `slab_tiles`.
+    pub log_warps_per_quad: u32,
+    /// Quads that each block has to finish, and how many blocks have one more.
+    pub turns: u32,
+    /// The first so many blocks have a turn more.
+    pub blocks_with_more: u32,
     /// Tiles of a quad whose part of the vector fits into shared memory at once.
     pub slab_tiles: u32,
     /// Tiles that a warp has in shared memory or on their way: 2 to [`stream::MAX_STAGES`].
@@ -70,17 +73,29 @@ pub struct Schedule {
 }
 
 impl Schedule {
+    /// Quads of block `block`.
+    #[inline(always)]
+    pub fn turns_of_block(self, block: u32) -> u32 {
+        self.turns + u32::from(block < self.blocks_with_more)
+    }
+
     /// Words of shared memory that the vector takes, with `unit_words` to a unit.
     #[inline(always)]
     pub fn vector_words(self, unit_words: u32) -> u32 {
         self.slab_tiles * TILE_UNITS as u32 * unit_words
     }
 
+    /// Words of shared memory for the sums of a block's quads, of each warp that shares one.
+    #[inline(always)]
+    pub fn sums_words(self) -> u32 {
+        ((self.turns + 1) << self.log_warps_per_quad) * TILE_ROWS as u32
+    }
+
     /// Words of shared memory in all, for `n_warps` warps and `unit_words` words of the vector to a unit.
     pub fn shared_words(self, n_warps: u32, unit_words: u32) -> u32 {
         self.vector_words(unit_words)
             + SQUARES_WORDS
-            + self.steps * n_warps * TILE_ROWS as u32
+            + self.sums_words()
             + n_warps * self.stages * self.stage_words
     }
 }
@@ -147,74 +162,72 @@ impl Dots for Any {
     }
 }
 
-/// Where things are in shared memory, in words, and who this thread is.
-#[derive(Clone, Copy)]
-struct Layout {
-    memory: DynamicShared<u32>,
-    /// The sums of each warp's quads.
-    sums: u32,
-    warp: u32,
-    n_warps: u32,
-}
-
-/// The warp's part of the work on one slab of the vector, which has `n_units` units in shared memory: leaves the sums
-/// of each quad, added to what is there unless the slab is the first.
+/// The warp's part of the work on the slab of the vector that starts at tile `slab`: leaves the sums of each quad at word
+/// `sums_at` and on, added to what is there unless the slab is the first.
 ///
 /// # Safety
 /// As [`run`].
 #[inline(always)]
 unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
     stream: &mut Stream<N>,
-    schedule: Schedule,
-    layout: Layout,
+    deal: Deal<N>,
+    share: Share,
+    memory: DynamicShared<u32>,
+    sums_at: u32,
+    slab: u32,
     n_units: u32,
-    is_first: bool,
 ) {
-    let Schedule { warps_per_quad, steps, slab_tiles, .. } = schedule;
-    let Layout { memory, warp, n_warps, .. } = layout;
     let lane = lane_id();
+    // The slab's part of the vector starts at the start of the memory.
+    let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - slab * TILE_UNITS as u32);
     // A lane beyond the vector reads some other unit, and uses none.
     let load = |tile: u32| {
-        X::load(memory, n_units as usize, (tile * TILE_UNITS as u32 + lane).min(n_units - 1) as usize)
+        let unit = ((tile - slab) * TILE_UNITS as u32 + lane).min(slab_units - 1);
+        X::load(memory, slab_units as usize, unit as usize)
     };
-    let mut loaded = warp % warps_per_quad;
-    let mut x = load(loaded);
-    for step in 0..steps {
+    let first = slab + share.first_tile;
+    let mut loaded = first;
+    let mut x = load(first);
+    let mut turn = share.first_turn;
+    while turn < share.turns {
+        let format = if N > 1 { deal.matrix(deal.quad(turn).part).format } else { 0 };
         let mut sums = [0.0f32; TILE_ROWS];
-        let mut tile = warp % warps_per_quad;
-        loop {
-            if let Some((format, source, tile_units)) = stream.next()
-                && lane < tile_units
-            {
-                if loaded != tile {
-                    x = load(tile);
-                    loaded = tile;
-                }
+        let mut tile = first;
+        while tile < share.slab_end(slab) {
+            let source = stream.next();
+            let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
+            if loaded != tile {
+                x = load(tile);
+                loaded = tile;
+            }
+            if lane < tile_units {
                 let [s0, s1, s2, s3] = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x);
                 sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
             }
-            tile += warps_per_quad;
-            if tile >= slab_tiles {
-                break;
+            tile += share.tile_stride;
+            if tile < share.slab_end(slab) {
+                // All lanes have read the tile: its place is free.
+                sync_warp(FULL_MASK);
+                // SAFETY: the matrices are as they say.
+                unsafe { stream.refill() };
             }
-            // All lanes have read the tile: its place is free.
-            sync_warp(FULL_MASK);
+        }
+        // All lanes meet here after their last read of the tile: its place is free.
+        let mut sum = warp_reduce_add_4(sums);
+        if lane.is_multiple_of(8) {
+            // A turn's sums lie side by side, those of each warp of the group.
+            let warp_of_turn = turn * share.tile_stride + share.first_tile;
+            let at = (sums_at + warp_of_turn * TILE_ROWS as u32 + lane / 8) as usize;
+            if slab > 0 {
+                sum += f32::from_bits(memory.get(at));
+            }
+            memory.set(at, sum.to_bits());
+        }
+        if first < share.slab_end(slab) {
             // SAFETY: the matrices are as they say.
             unsafe { stream.refill() };
         }
-        // All lanes meet here after their last read of the tile: its place is free.
-        let [t0, t1, t2, t3] = warp_reduce_add_n(FULL_MASK, sums, WARP_SIZE);
-        if lane == 0 {
-            let at = (layout.sums + (step * n_warps + warp) * TILE_ROWS as u32) as usize;
-            let mut total = [t0, t1, t2, t3];
-            if !is_first {
-                let [b0, b1, b2, b3] = memory.get4(at).map(f32::from_bits);
-                total = [b0 + t0, b1 + t1, b2 + t2, b3 + t3];
-            }
-            memory.set4(at, total.map(f32::to_bits));
-        }
-        // SAFETY: the matrices are as they say.
-        unsafe { stream.refill() };
+        turn += share.n_groups;
     }
 }
 
@@ -222,7 +235,7 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
 ///
 /// # Safety
 /// The matrices are as their fields say, all of `input.n` columns; the input and the epilogue keep their contracts;
-/// the launch has the shared memory that [`Schedule::shared_words`] gives, and `schedule` covers all quads.
+/// the launch has the shared memory that [`Schedule::shared_words`] gives, and `schedule` is of the launch's grid.
 #[inline(always)]
 unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
     matrices: [MatrixRef; N],
@@ -232,14 +245,23 @@ unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
 ) {
     let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
     let warp = thread / WARP_SIZE;
-    let Schedule { warps_per_quad, steps, slab_tiles, .. } = schedule;
     let deal = Deal { matrices };
+    let n_units = input.n_units();
+    let share = Share {
+        first_turn: warp >> schedule.log_warps_per_quad,
+        n_groups: n_warps >> schedule.log_warps_per_quad,
+        turns: schedule.turns_of_block(block_idx_x()),
+        first_tile: warp & ((1 << schedule.log_warps_per_quad) - 1),
+        tile_stride: 1 << schedule.log_warps_per_quad,
+        slab_tiles: schedule.slab_tiles,
+        n_tiles: n_units.div_ceil(TILE_UNITS as u32),
+    };
 
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
     let squares = schedule.vector_words(X::UNIT_WORDS as u32);
     let sums_at = squares + SQUARES_WORDS;
-    let rings = sums_at + steps * n_warps * TILE_ROWS as u32;
-    let mut stream = Stream::new(deal, schedule, input.n_units(), memory, rings, warp, n_warps);
+    let ring = sums_at + schedule.sums_words() + warp * schedule.stages * schedule.stage_words;
+    let mut stream = Stream::new(deal, share, schedule, n_units, memory, ring);
     // SAFETY: the matrices are as they say.
     unsafe { stream.fill() };
 
@@ -247,27 +269,29 @@ unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
     let_next_start();
 
     // What finishing needs besides the sums is fetched now; it arrives while the products are made.
-    let n_turns = steps * (n_warps / warps_per_quad);
-    let first = deal.quad(thread).filter(|_| thread < n_turns);
-    let first_prepared = match first {
+    let mut first_prepared = E::Prepared::default();
+    if thread < share.turns {
+        let quad = deal.quad(thread);
         // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
-        Some(quad) => unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) },
-        None => E::Prepared::default(),
-    };
+        first_prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
+    }
 
     let mut square_sum = 0.0;
-    let mut first_tile = 0;
-    while first_tile * (TILE_UNITS as u32) < input.n_units() {
-        if first_tile > 0 {
+    let mut slab = 0;
+    while slab < share.n_tiles {
+        if slab > 0 {
             // The part of the vector before this one may still be read.
             sync_threads();
         }
-        let n_units = (slab_tiles * TILE_UNITS as u32).min(input.n_units() - first_tile * TILE_UNITS as u32);
+        let first_unit = slab * TILE_UNITS as u32;
+        let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - first_unit);
         // SAFETY: the units are inside the vector; the input keeps its contract.
-        square_sum += unsafe { input.load::<X>(memory, first_tile * TILE_UNITS as u32, n_units) };
+        square_sum += unsafe { input.load::<X>(memory, first_unit, slab_units) };
+        if input.is_normalised() {
+            input::store_squares(memory, squares, square_sum);
+        }
         sync_threads();
 
-        let layout = Layout { memory, sums: sums_at, warp, n_warps };
         macro_rules! dispatch {
             ($(($Type:ident, $name:ident))*) => {
                 match matrices[0].format {
@@ -275,7 +299,7 @@ unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
                         // SAFETY: the caller's promise.
                         unsafe {
                             multiply::<X, One<crate::formats::$Type>, N>(
-                                &mut stream, schedule, layout, n_units, first_tile == 0,
+                                &mut stream, deal, share, memory, sums_at, slab, n_units,
                             );
                         })*
                     _ => {}
@@ -287,37 +311,30 @@ unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
             crate::for_each_format!(dispatch)
         } else {
             // SAFETY: the caller's promise.
-            unsafe { multiply::<X, Any, N>(&mut stream, schedule, layout, n_units, first_tile == 0) };
+            unsafe { multiply::<X, Any, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
         }
-        first_tile += slab_tiles;
-    }
-    if input.is_normalised() {
-        input::store_squares(memory, squares as usize, square_sum);
+        slab += share.slab_tiles;
     }
     sync_threads();
 
     let mut turn = thread;
-    while turn < n_turns {
-        let Some(quad) = deal.quad(turn) else { break };
-        let mut factor = 1.0;
-        if input.is_normalised() {
-            let mut sum = 0.0;
-            for i in 0..n_warps {
-                sum += f32::from_bits(memory.get((squares + i) as usize));
-            }
-            factor = rsqrt(sum / input.n as f32 + input.eps);
-        }
+    while turn < share.turns {
+        let quad = deal.quad(turn);
+        let matrix = deal.matrix(quad.part);
         let mut sums = [0.0f32; TILE_ROWS];
-        for i in 0..warps_per_quad {
-            let at = sums_at + (turn * warps_per_quad + i) * TILE_ROWS as u32;
+        for i in 0..share.tile_stride {
+            let at = sums_at + (turn * share.tile_stride + i) * TILE_ROWS as u32;
             let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
             sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
         }
-        let matrix = deal.matrix(quad.part);
+        if input.is_normalised() {
+            let factor = rsqrt(input::load_squares(memory, squares) / input.n as f32 + input.eps);
+            sums = sums.map(|sum| sum * factor);
+        }
         // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
         unsafe {
             let prepared = if turn == thread { first_prepared } else { epilogue.prepare(quad, matrix) };
-            epilogue.finish(quad, matrix, sums.map(|sum| sum * factor), prepared);
+            epilogue.finish(quad, matrix, sums, prepared);
         }
         turn += block_dim_x();
     }
@@ -333,7 +350,7 @@ macro_rules! define_kernels {
             ///
             /// # Safety
             /// The matrix, the input and the output are as their fields say, in device memory; the launch has the
-            /// shared memory that [`Schedule::shared_words`] gives, and the schedule covers all quads.
+            /// shared memory that [`Schedule::shared_words`] gives, and the schedule is of the launch's grid.
             ///
             /// # Parameters
             /// - `matrix`: `[n_rows, input.n]`

@@ -30,9 +30,9 @@ pub struct Quad {
 }
 
 impl<const N: usize> Deal<N> {
-    /// This block's quad of turn `turn`, if there is one.
+    /// This block's quad of turn `turn`, which must be one of [`Schedule::turns_of_block`].
     #[inline(always)]
-    pub fn quad(&self, turn: u32) -> Option<Quad> {
+    pub fn quad(&self, turn: u32) -> Quad {
         let mut number = block_idx_x() + grid_dim_x() * turn;
         let mut part = 0;
         // Written out: an array of arguments that is indexed at run time would be copied into local memory.
@@ -44,7 +44,7 @@ impl<const N: usize> Deal<N> {
                 part = 2;
             }
         }
-        (number < self.matrix(part).n_quads).then_some(Quad { part, number })
+        Quad { part, number }
     }
 
     /// Matrix `part`.
@@ -58,54 +58,82 @@ impl<const N: usize> Deal<N> {
     }
 }
 
-/// Which tile comes next: slab by slab of the vector, turn by turn, then the warp's tiles of the quad.
+/// A warp's share of the work: every `n_groups`-th turn of its block, and of each quad every `warps_per_quad`-th tile.
 #[derive(Clone, Copy)]
-struct Cursor {
-    /// The first tile of the slab.
-    slab: u32,
-    turn: u32,
-    /// Counted from the slab's first tile.
-    tile: u32,
-    /// Its place in the ring, in words of the shared memory.
-    place: u32,
+pub struct Share {
+    /// The first turn, and how far apart they are.
+    pub first_turn: u32,
+    /// Groups of warps in the block.
+    pub n_groups: u32,
+    /// Turns of the block.
+    pub turns: u32,
+    /// The first tile of each slab.
+    pub first_tile: u32,
+    /// How far apart tiles are.
+    pub tile_stride: u32,
+    /// Tiles of a slab.
+    pub slab_tiles: u32,
+    /// Tiles of a quad.
+    pub n_tiles: u32,
 }
 
-/// The tiles that a warp works on, in order.
+impl Share {
+    /// The end of the slab that starts at tile `slab`.
+    #[inline(always)]
+    pub fn slab_end(&self, slab: u32) -> u32 {
+        (slab + self.slab_tiles).min(self.n_tiles)
+    }
+}
+
+/// The tiles that a warp works on, in order: slab by slab of the vector, turn by turn, tile by tile.
 pub struct Stream<const N: usize> {
     deal: Deal<N>,
-    schedule: Schedule,
-    memory: DynamicShared<u32>,
+    share: Share,
+    stages: u32,
+    stage_words: u32,
     n_units: u32,
-    n_warps: u32,
-    warp: u32,
+    memory: DynamicShared<u32>,
     /// Where this warp's ring starts, in words.
     ring: u32,
-    /// What is copied next.
-    ahead: Cursor,
-    /// What is worked on next.
-    here: Cursor,
+    /// The place in the ring of what is worked on next.
+    here: u32,
+    /// The same of what is copied next, and which tile that is.
+    ahead: u32,
+    slab: u32,
+    turn: u32,
+    tile: u32,
 }
 
 impl<const N: usize> Stream<N> {
-    /// The stream of warp `warp` of `n_warps`, whose rings start at word `rings`; nothing is under way yet.
+    /// The stream of a warp whose ring starts at word `ring`; nothing is under way yet.
     #[inline(always)]
     pub fn new(
         deal: Deal<N>,
+        share: Share,
         schedule: Schedule,
         n_units: u32,
         memory: DynamicShared<u32>,
-        rings: u32,
-        warp: u32,
-        n_warps: u32,
+        ring: u32,
     ) -> Self {
-        let ring = rings + warp * schedule.stages * schedule.stage_words;
-        let start = Cursor {
+        let Schedule { stages, stage_words, .. } = schedule;
+        let mut stream = Self {
+            deal,
+            share,
+            stages,
+            stage_words,
+            n_units,
+            memory,
+            ring,
+            here: ring,
+            ahead: ring,
             slab: 0,
-            turn: warp / schedule.warps_per_quad,
-            tile: warp % schedule.warps_per_quad,
-            place: ring,
+            turn: share.first_turn,
+            tile: share.first_tile,
         };
-        Self { deal, schedule, memory, n_units, n_warps, warp, ring, ahead: start, here: start }
+        if share.first_turn >= share.turns {
+            stream.slab = share.n_tiles;
+        }
+        stream
     }
 
     /// Starts as many copies as the ring has places.
@@ -114,47 +142,69 @@ impl<const N: usize> Stream<N> {
     /// The matrices must be as they say.
     #[inline(always)]
     pub unsafe fn fill(&mut self) {
-        for _ in 0..self.schedule.stages {
+        for _ in 0..self.stages {
             // SAFETY: the caller's promise.
             unsafe { self.refill() };
         }
     }
 
-    /// Starts copying the next tile to the place that was worked on longest ago. All lanes must have read what is
-    /// there, and met since.
+    /// Starts copying the next tile, if there is one, to the place that was worked on longest ago. All lanes must have
+    /// read what is there, and met since.
     ///
     /// # Safety
     /// As [`fill`](Self::fill).
     #[inline(always)]
     pub unsafe fn refill(&mut self) {
-        let tile = self.ahead.slab + self.ahead.tile;
-        if let Some(quad) = self.deal.quad(self.ahead.turn).filter(|_| self.is_in_vector(tile)) {
-            let matrix = self.deal.matrix(quad.part);
-            let full = (tile + 1) * TILE_UNITS as u32 <= self.n_units;
-            let pieces = if full { matrix.tile_bytes } else { matrix.last_tile_bytes } / 16;
-            let start =
-                u64::from(quad.number) * u64::from(matrix.quad_bytes) + u64::from(tile * matrix.tile_bytes);
-            let mut piece = lane_id();
-            while piece < pieces {
-                // SAFETY: the piece is inside the tile, which is inside the matrix, and starts at a multiple of 16.
-                unsafe {
-                    let from = matrix.tiles.add(start as usize).cast::<[u32; 4]>().add(piece as usize);
-                    copy_async_u32x4(self.memory, (self.ahead.place + 4 * piece) as usize, from);
+        if self.slab < self.share.n_tiles {
+            // SAFETY: the caller's promise.
+            unsafe { self.copy() };
+            self.ahead = self.after(self.ahead);
+            self.tile += self.share.tile_stride;
+            if self.tile >= self.share.slab_end(self.slab) {
+                self.turn += self.share.n_groups;
+                if self.turn >= self.share.turns {
+                    self.turn = self.share.first_turn;
+                    self.slab += self.share.slab_tiles;
+                    if self.slab + self.share.first_tile >= self.share.n_tiles {
+                        self.slab = self.share.n_tiles;
+                    }
                 }
-                piece += WARP_SIZE;
+                self.tile = self.slab + self.share.first_tile;
             }
         }
         // Also where nothing was copied: groups are counted.
         commit_copies();
-        self.ahead = self.after(self.ahead);
     }
 
-    /// Waits for the next tile: its format, where it is, and the units in each of its rows. `None` where this warp has
-    /// nothing to do while others have.
+    /// Starts the copies of one tile, 16 bytes each.
+    ///
+    /// # Safety
+    /// As [`fill`](Self::fill).
     #[inline(always)]
-    pub fn next(&mut self) -> Option<(u32, SharedTile, u32)> {
+    unsafe fn copy(&self) {
+        let quad = self.deal.quad(self.turn);
+        let matrix = self.deal.matrix(quad.part);
+        let is_whole = (self.tile + 1) * TILE_UNITS as u32 <= self.n_units;
+        let bytes = if is_whole { matrix.tile_bytes } else { matrix.last_tile_bytes };
+        let start = u64::from(quad.number) * u64::from(matrix.quad_bytes)
+            + u64::from(self.tile) * u64::from(matrix.tile_bytes);
+        let from = matrix.tiles.wrapping_add(start as usize);
+        let mut at = lane_id() * 16;
+        while at < bytes {
+            // SAFETY: the piece is inside the tile, which is inside the matrix, and starts at a multiple of 16.
+            unsafe {
+                let piece = from.add(at as usize).cast();
+                copy_async_u32x4(self.memory, (self.ahead + at / 4) as usize, piece);
+            }
+            at += WARP_SIZE * 16;
+        }
+    }
+
+    /// Waits for the next tile and says where it is.
+    #[inline(always)]
+    pub fn next(&mut self) -> SharedTile {
         // How many groups may be pending is part of the instruction.
-        match self.schedule.stages {
+        match self.stages {
             2 => wait_copies::<1>(),
             3 => wait_copies::<2>(),
             4 => wait_copies::<3>(),
@@ -167,36 +217,15 @@ impl<const N: usize> Stream<N> {
         // has met since.
         #[cfg(target_arch = "nvptx64")]
         sync_warp(FULL_MASK);
-        let here = self.here;
-        self.here = self.after(here);
-        let tile = here.slab + here.tile;
-        let quad = self.deal.quad(here.turn).filter(|_| self.is_in_vector(tile))?;
-        let n_units = (self.n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-        let source = SharedTile { memory: self.memory, start: here.place as usize };
-        Some((self.deal.matrix(quad.part).format, source, n_units))
+        let tile = SharedTile { memory: self.memory, start: self.here as usize };
+        self.here = self.after(self.here);
+        tile
     }
 
+    /// The place in the ring after this one.
     #[inline(always)]
-    fn is_in_vector(&self, tile: u32) -> bool {
-        tile * (TILE_UNITS as u32) < self.n_units
-    }
-
-    #[inline(always)]
-    fn after(&self, mut at: Cursor) -> Cursor {
-        let Schedule { warps_per_quad, steps, slab_tiles, stages, stage_words } = self.schedule;
-        at.place += stage_words;
-        if at.place == self.ring + stages * stage_words {
-            at.place = self.ring;
-        }
-        at.tile += warps_per_quad;
-        if at.tile >= slab_tiles {
-            at.tile = self.warp % warps_per_quad;
-            at.turn += self.n_warps / warps_per_quad;
-            if at.turn >= steps * (self.n_warps / warps_per_quad) {
-                at.turn = self.warp / warps_per_quad;
-                at.slab += slab_tiles;
-            }
-        }
-        at
+    fn after(&self, place: u32) -> u32 {
+        let next = place + self.stage_words;
+        if next == self.ring + self.stages * self.stage_words { self.ring } else { next }
     }
 }

@@ -236,20 +236,22 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
         );
     };
 
-    let sums_bytes = 16;
+    let bytes_of_sums = 16;
     let n_blocks = (device.multiprocessors() as usize)
-        .max((n_quads * slab_tiles.min(n_warps) * sums_bytes).div_ceil(SUMS_BYTES))
+        .max((n_quads * slab_tiles.min(n_warps) * bytes_of_sums).div_ceil(SUMS_BYTES - 256))
         .min(n_quads);
-    let quads_per_block = n_quads.div_ceil(n_blocks);
     // The rounds that the busiest warp goes, for each way to share a quad; of equals, the least sharing.
-    let steps = |warps_per_quad: usize| quads_per_block.div_ceil(n_warps / warps_per_quad);
-    let rounds = |warps_per_quad: usize| steps(warps_per_quad) * slab_tiles.div_ceil(warps_per_quad);
-    let shares = (1..=n_warps.min(slab_tiles)).filter(|share| n_warps.is_multiple_of(*share));
-    let warps_per_quad = shares.min_by_key(|&share| rounds(share)).unwrap_or(1);
+    let rounds = |log: &u32| {
+        let warps_per_quad = 1 << log;
+        let turns = n_quads.div_ceil(n_blocks).div_ceil((n_warps / warps_per_quad).max(1));
+        turns * slab_tiles.div_ceil(warps_per_quad)
+    };
+    let shares = (0..=n_warps.min(slab_tiles).ilog2()).min_by_key(rounds);
 
     let schedule = Schedule {
-        warps_per_quad: dim(warps_per_quad)?,
-        steps: dim(steps(warps_per_quad))?,
+        log_warps_per_quad: shares.unwrap_or(0),
+        turns: dim(n_quads / n_blocks)?,
+        blocks_with_more: dim(n_quads % n_blocks)?,
         slab_tiles: dim(slab_tiles)?,
         stages: dim(stages)?,
         stage_words: dim(stage_bytes / 4)?,
