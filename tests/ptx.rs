@@ -68,7 +68,7 @@ fn kernels_assemble_without_spills() {
         let image = ptx_images().rev().find(|(version, _)| *version <= architecture).unwrap();
         let usages = assemble(architecture, image.1);
         assert_eq!(usages.len(), image.1.matches(".visible .entry").count());
-        for prefix in ["gemv", "attention", "rms_norm"] {
+        for prefix in ["gemv", "attention", "rms_norm", "sample"] {
             let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
             assert!(!hot.is_empty(), "no kernel is called {prefix}...");
             let most = hot.iter().max_by_key(|usage| usage.registers).unwrap();

@@ -23,5 +23,6 @@ pub mod quantize;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
+pub mod sample;
 pub mod step;
 pub mod swiglu;

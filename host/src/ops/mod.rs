@@ -8,7 +8,7 @@ mod gemv;
 mod types;
 
 pub use attention::{AttentionShape, attention, kv_append, rope};
-pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, swiglu};
+pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
 pub use gemv::{Output, gemv, gemv_swiglu};
 pub use types::{Input, KvLayer, Matrix, Q8_1Vector, Rope};
 
