@@ -50,16 +50,19 @@ pub struct SamplingParameters {
 const _: () = assert!(size_of::<SamplingParameters>() == 24);
 
 /// Loads that a thread has in flight in a pass over the logits.
-const UNROLL: usize = 8;
+const UNROLL: usize = 4;
 /// Bits of a rank that a round of the selection decides, and the histogram's size.
 const DIGIT_BITS: u32 = 11;
 const BINS: usize = 1 << DIGIT_BITS;
 /// Bins that a lane adds up.
 const GROUP: usize = BINS / WARP_SIZE as usize;
+const _: () = assert!(GROUP == 2 * 8 * 4);
 /// Tokens that a thread has room to collect, and how many of the threads' maxima bound them. Of that many tokens,
 /// spread at random, more than five come together in one thread once in 200 passes.
 const SLOTS: usize = 5;
 const COLLECTED: u32 = 352;
+
+const TWO_TO_64: f32 = 18_446_744_073_709_551_616.0;
 
 /// The lowest rank of a token that can be chosen: the one that follows all of -inf's.
 const USABLE: u64 = (!f32::NEG_INFINITY.to_bits() as u64 + 1) << 32;
@@ -82,21 +85,45 @@ fn logit_of(rank: u64) -> f32 {
     f32::from_bits(if key >> 31 == 1 { key ^ 1 << 31 } else { !key })
 }
 
-/// Probabilities up to a common factor.
+/// What a token adds to a sum.
 #[derive(Clone, Copy)]
-struct Weights {
+struct Measure {
     /// The largest logit.
     top: f32,
     /// What a difference of logits is multiplied with to become a power of two.
     scale: f32,
+    /// Whether each token counts as 1 instead.
+    count: bool,
 }
 
-impl Weights {
+impl Measure {
     /// `exp((logit - top) / temperature)` in units of 2^-31, rounded; 0 for NaN and -inf.
     #[inline(always)]
     fn of(self, logit: f32) -> u32 {
         const ONE: f32 = (1u32 << 31) as f32;
-        (exp2((logit - self.top) * self.scale) * ONE + 0.5) as u32
+        if self.count { 1 } else { (exp2((logit - self.top) * self.scale) * ONE + 0.5) as u32 }
+    }
+}
+
+/// How much is wanted of a sum.
+#[derive(Clone, Copy)]
+enum Wanted {
+    Amount(u64),
+    /// A part of all there is, in units of 2^-64; rounded up, and at least 1.
+    Part(u64),
+}
+
+impl Wanted {
+    #[inline(always)]
+    fn of(self, total: u64) -> u64 {
+        match self {
+            Self::Amount(amount) => amount,
+            Self::Part(part) => {
+                let product = u128::from(part) * u128::from(total);
+                let amount = (product >> 64) as u64 + u64::from(product as u64 > 0);
+                if amount > 1 { amount } else { 1 }
+            }
+        }
     }
 }
 
@@ -164,10 +191,6 @@ impl Tokens for Vocabulary {
             f(id(1), logits[1]);
             f(id(2), logits[2]);
             f(id(3), logits[3]);
-            f(id(4), logits[4]);
-            f(id(5), logits[5]);
-            f(id(6), logits[6]);
-            f(id(7), logits[7]);
             first += (UNROLL * BLOCK_DIM) as u32;
         }
     }
@@ -181,6 +204,21 @@ struct Collected {
     len: usize,
 }
 
+impl Collected {
+    /// Collects a token where there is room for it.
+    #[inline(always)]
+    fn push(&mut self, id: u32, logit: f32) -> bool {
+        let has_room = self.len < SLOTS;
+        if has_room {
+            let at = self.len * BLOCK_DIM + thread_idx_x() as usize;
+            self.logits.set(at, logit);
+            self.rows.set(at, (id / BLOCK_DIM as u32) as u16);
+            self.len += 1;
+        }
+        has_room
+    }
+}
+
 impl Tokens for Collected {
     #[inline(always)]
     fn for_each(self, mut f: impl FnMut(u32, f32)) {
@@ -189,20 +227,6 @@ impl Tokens for Collected {
             let at = slot * BLOCK_DIM + thread;
             f(u32::from(self.rows.get(at)) * BLOCK_DIM as u32 + thread as u32, self.logits.get(at));
         }
-    }
-}
-
-/// One token per thread.
-#[derive(Clone, Copy)]
-struct Single {
-    id: u32,
-    logit: f32,
-}
-
-impl Tokens for Single {
-    #[inline(always)]
-    fn for_each(self, mut f: impl FnMut(u32, f32)) {
-        f(self.id, self.logit);
     }
 }
 
@@ -258,25 +282,34 @@ impl Sums {
         u64::from(self.high.get(bin)) << 32 | u64::from(self.low.get(bin))
     }
 
-    /// The bin at which the running total of the bins reaches `wanted`, a function of the total; the same in all
-    /// threads. All of them must call this. The bins may be set again afterwards.
+    /// The sum of four bins.
     #[inline(always)]
-    fn seek(self, wanted: impl Fn(u64) -> u64) -> Found {
+    fn quad(self, bin: usize) -> u64 {
+        let (low, high) = (self.low.get4(bin), self.high.get4(bin));
+        (0..4).map(|i| u64::from(high[i]) << 32 | u64::from(low[i])).sum()
+    }
+
+    /// The bin at which the running total of the bins reaches what is wanted; the same in all threads. All of them must
+    /// call this. The bins may be set again afterwards.
+    #[inline(always)]
+    fn seek(self, wanted: Wanted) -> Found {
         sync_threads();
         if thread_idx_x() < WARP_SIZE {
             let lane = thread_idx_x() as usize;
             let mut sum = 0u64;
-            for i in 0..GROUP / 4 {
-                // Each lane begins elsewhere in its group: four banks further on than its neighbour.
-                let at = lane * GROUP + (i + lane) % (GROUP / 4) * 4;
-                let (low, high) = (self.low.get4(at), self.high.get4(at));
-                for j in 0..4 {
-                    sum += u64::from(high[j]) << 32 | u64::from(low[j]);
+            // Each lane begins elsewhere in its group: four banks further on than its neighbour. The compiler does not
+            // see how often this loop runs, and so does not make it long.
+            let mut i = lane % 8;
+            loop {
+                sum += self.quad(lane * GROUP + 4 * i) + self.quad(lane * GROUP + 4 * i + GROUP / 2);
+                i = (i + 1) % 8;
+                if i == lane % 8 {
+                    break;
                 }
             }
             let through = running_total(sum);
             let total = from_lane(through, WARP_SIZE - 1);
-            let wanted = wanted(total);
+            let wanted = wanted.of(total);
             let is_here = |before: u64, amount: u64| before < wanted && wanted <= before + amount;
             let group = warp_vote_ballot(FULL_MASK, is_here(through - sum, sum)).trailing_zeros();
             if lane == 0 {
@@ -338,76 +371,65 @@ fn running_total(value: u64) -> u64 {
     total
 }
 
-/// The lowest rank of the fewest most likely `tokens` whose measures add up to at least `wanted`, which is a function
-/// of the sum of them all, among those from rank `lowest` on. None where all together are less.
-#[inline(always)]
-fn select<T: Tokens>(
-    tokens: T,
-    sums: Sums,
-    lowest: u64,
-    wanted: impl Fn(u64) -> u64,
-    measure: impl Fn(f32) -> u32,
-) -> Option<u64> {
-    /// The shift at which no bit of the logit is left. The digit has one bit of the inverted id, which is always 1.
-    const LOGIT_IS_KNOWN: u32 = 64 - 3 * DIGIT_BITS;
-    let mut shift = 64 - DIGIT_BITS;
-    // The rank's digits that are known, and their bits.
-    let (mut known, mut mask) = (0u64, 0u64);
-    let mut left = None;
-    loop {
-        sums.clear();
-        sync_threads();
-        tokens.for_each(|id, logit| {
-            let rank = rank(id, logit);
-            if rank >= lowest && rank & mask == known {
-                // The highest digit comes first.
-                sums.add(BINS - 1 - ((rank >> shift) as usize & (BINS - 1)), measure(logit));
-            }
-        });
-        let found = sums.seek(|total| left.unwrap_or_else(|| wanted(total)));
-        if found.bin == BINS {
-            return None;
-        }
-        let still_wanted = found.wanted - found.before;
-        known |= ((BINS - 1 - found.bin) as u64) << shift;
-        mask |= u64::MAX << shift;
-        // Of equal logits each adds the same, so that the last one may be needed to reach what is wanted.
-        let last = if shift == LOGIT_IS_KNOWN { u64::from(measure(logit_of(known))) } else { 1 };
-        if still_wanted + last > found.amount || shift == 0 {
-            return Some(if known > lowest { known } else { lowest });
-        }
-        left = Some(still_wanted);
-        // The last digit overlaps the one before, which changes nothing: those bits are the same in all tokens left.
-        shift = shift.saturating_sub(DIGIT_BITS);
-    }
+/// What the sums are for. The stages are rounds of one loop, so that the code is short: a GPU has to fetch all of it for
+/// this one block.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Selects the bound of what is collected, from the threads' maxima.
+    Bound,
+    /// Collects, and sums all weights up.
+    Collect,
+    /// Selects the lowest rank that top-k keeps.
+    TopK,
+    /// Selects the lowest rank that top-p keeps.
+    TopP,
+    /// Chooses the thread whose token is chosen.
+    Thread,
+    /// Chooses the thread's token.
+    Token,
 }
 
-/// The lowest rank that top-k and then top-p keep of `tokens`. `mass` is the sum of the weights that top-p begins with
-/// where it is more than that of `tokens`; None where they do not reach top-p's part of it.
-#[inline(always)]
-fn narrow<T: Tokens>(
-    tokens: T,
-    sums: Sums,
-    weights: Weights,
-    top_k: u32,
-    top_p: f32,
-    mass: Option<u64>,
-) -> Option<u64> {
-    let mut lowest = USABLE;
-    if top_k > 0 {
-        // None where there are no more than k: all are kept.
-        lowest = select(tokens, sums, lowest, |_| top_k.into(), |_| 1).unwrap_or(lowest);
+/// The selection of the lowest rank of the fewest most likely tokens whose measures add up to what is wanted.
+#[derive(Clone, Copy)]
+struct Selection {
+    /// The place of the digit that is sought.
+    shift: u32,
+    /// The digits that are known, and their bits.
+    known: u64,
+    mask: u64,
+}
+
+impl Selection {
+    /// The shift at which no bit of the logit is left. The digit has one bit of the inverted id, which is always 1.
+    const LOGIT_IS_KNOWN: u32 = 64 - 3 * DIGIT_BITS;
+
+    #[inline(always)]
+    fn new() -> Self {
+        Self { shift: 64 - DIGIT_BITS, known: 0, mask: 0 }
     }
-    if top_p < 1.0 {
-        let wanted = |total: u64| {
-            let part = f64::from(top_p) * mass.unwrap_or(total) as f64;
-            let floor = part as u64;
-            let ceil = if (floor as f64) < part { floor + 1 } else { floor };
-            ceil.max(1)
-        };
-        lowest = select(tokens, sums, lowest, wanted, |logit| weights.of(logit))?;
+
+    /// The bin of a rank that begins with the known digits: the highest digit has the first.
+    #[inline(always)]
+    fn bin(self, rank: u64) -> usize {
+        BINS - 1 - ((rank >> self.shift) as usize & (BINS - 1))
     }
-    Some(lowest)
+
+    /// Adds the digit that was found. Gives what is wanted of its bin; None where that is all.
+    #[inline(always)]
+    fn advance(&mut self, found: Found, measure: Measure) -> Option<Wanted> {
+        self.known |= ((BINS - 1 - found.bin) as u64) << self.shift;
+        self.mask |= u64::MAX << self.shift;
+        let left = found.wanted - found.before;
+        // Of equal logits each adds the same, so that the last one may be needed to reach what is wanted.
+        let is_tie = self.shift == Self::LOGIT_IS_KNOWN;
+        let last = if is_tie { u64::from(measure.of(logit_of(self.known))) } else { 1 };
+        if left + last > found.amount || self.shift == 0 {
+            return None;
+        }
+        // The last digit overlaps the one before, which changes nothing: those bits are the same in all tokens left.
+        self.shift = self.shift.saturating_sub(DIGIT_BITS);
+        Some(Wanted::Amount(left))
+    }
 }
 
 /// Chooses a token at random by its logit and makes it the step's: `chosen[0] = token`,
@@ -419,8 +441,8 @@ fn narrow<T: Tokens>(
 /// [`NO_TOKEN`] and the step's token 0.
 ///
 /// The choice depends on the seed, the step's position and the logits alone. Of the kept tokens in the order of their
-/// ids modulo 1024, then of their ids, it is the one at which the running total of the weights exceeds
-/// `random bits * total / 2^64`. A weight is rounded to 2^-31 of the largest one.
+/// ids modulo 1024, then of their ids, it is the one at which the running total of the weights reaches
+/// `random bits * total / 2^64`, rounded up. A weight is rounded to 2^-31 of the largest one.
 ///
 /// # Safety
 /// The pointers are to device memory of the sizes below. `n_vocab` is from 1 to [`MAX_VOCAB`].
@@ -432,8 +454,8 @@ fn narrow<T: Tokens>(
 ///
 /// # Thread mapping
 /// One block of [`BLOCK_DIM`] threads; a thread takes every `BLOCK_DIM`-th token. Bytes moved: 4 n_vocab per pass:
-/// one if greedy, two otherwise. A third to twelfth pass where top-k is above 352, top-p keeps more than about as many,
-/// or six of the most likely tokens fall to one thread.
+/// one if greedy, two otherwise. Where top-k is above 352, top-p keeps more than about as many, or six of the most likely
+/// tokens fall to one thread, the selection makes three to twelve more. No more than 64 registers per thread will do.
 #[kernel]
 pub unsafe fn sample(
     logits: *const f32,
@@ -459,91 +481,148 @@ pub unsafe fn sample(
     };
     let vocabulary = Vocabulary { logits, n: n_vocab };
     let thread = thread_idx_x();
-    // SAFETY: one of each; the step is not written before all threads have read it.
-    let (parameters, position) = unsafe { (*parameters, (*step).position) };
-    let SamplingParameters { seed, inverse_temp, top_k, top_p, .. } = parameters;
+    // SAFETY: one of each; the step is written after the last barrier.
+    let (inverse_temp, top_k, top_p) =
+        unsafe { ((*parameters).inverse_temp, (*parameters).top_k, (*parameters).top_p) };
+    // Read where they are needed, which saves registers.
+    // SAFETY: as above.
+    let random = || Wanted::Part(unsafe { random_bits((*parameters).seed, (*step).position) });
 
-    let mut best = Single { id: i32::MAX as u32, logit: f32::NEG_INFINITY };
+    let (mut best, mut best_id) = (f32::NEG_INFINITY, i32::MAX as u32);
     vocabulary.for_each(|id, logit| {
-        if logit > best.logit {
-            best = Single { id, logit };
+        if logit > best {
+            (best, best_id) = (logit, id);
         }
     });
-    let top = block_max(best.logit, maxima);
-    let top_id = block_min_index(if best.logit == top { best.id } else { i32::MAX as u32 }, indices);
+    let top = block_max(best, maxima);
+    let top_id = block_min_index(if best == top { best_id } else { i32::MAX as u32 }, indices);
 
     let mut token = if top_id < n_vocab { top_id } else { NO_TOKEN };
     // Every condition is the same in all threads.
     if token != NO_TOKEN && inverse_temp > 0.0 && top < f32::INFINITY {
         let scale = inverse_temp * LOG2_E;
-        let weights = Weights { top, scale: if scale < f32::MAX { scale } else { f32::MAX } };
+        let scale = if scale < f32::MAX { scale } else { f32::MAX };
         let top_k = if top_k < n_vocab { top_k } else { 0 };
+        let part = || Wanted::Part((top_p * TWO_TO_64) as u64);
+        let keeps_all = top_k == 0 && top_p >= 1.0;
+
+        let mut of_collected = !keeps_all && top_k <= COLLECTED;
+        let (mut stage, mut wanted) = if keeps_all {
+            (Stage::Thread, random())
+        } else if of_collected {
+            let bounding = if top_k > 0 { top_k } else { COLLECTED };
+            (Stage::Bound, Wanted::Amount(bounding.into()))
+        } else {
+            (Stage::TopK, Wanted::Amount(top_k.into()))
+        };
+        // For Bound. Barriers follow before there is more to collect.
+        collected.push(best_id, best);
+        overflow.set(0, 0);
+        let mut selection = Selection::new();
+        // Ranks below are not kept, or not collected.
         let mut lowest = USABLE;
-        let mut is_collected = false;
-        if (top_k > 0 || top_p < 1.0) && top_k <= COLLECTED {
-            let wanted = if top_k > 0 { top_k } else { COLLECTED };
-            if thread == 0 {
-                overflow.set(0, 0);
-            }
-            let bound = select(best, sums, USABLE, |_| wanted.into(), |_| 1).unwrap_or(USABLE);
-            let needs_mass = top_k == 0;
-            let mut mass = 0u64;
-            vocabulary.for_each(|id, logit| {
-                if rank(id, logit) >= bound {
-                    if collected.len < SLOTS {
-                        let at = collected.len * BLOCK_DIM + thread as usize;
-                        collected.logits.set(at, logit);
-                        collected.rows.set(at, (id / BLOCK_DIM as u32) as u16);
-                        collected.len += 1;
+        // The thread that Stage::Thread finds.
+        let mut column = 0;
+        token = loop {
+            let measure = Measure { top, scale, count: matches!(stage, Stage::Bound | Stage::TopK) };
+            match stage {
+                Stage::Bound | Stage::TopK | Stage::TopP => {
+                    sums.clear();
+                    sync_threads();
+                    let add = |id, logit| {
+                        let rank = rank(id, logit);
+                        if rank >= lowest && rank & selection.mask == selection.known {
+                            sums.add(selection.bin(rank), measure.of(logit));
+                        }
+                    };
+                    if of_collected {
+                        collected.for_each(add);
                     } else {
-                        overflow.set(0, 1);
+                        vocabulary.for_each(add);
                     }
                 }
-                if needs_mass {
-                    mass += u64::from(weights.of(logit));
+                Stage::Collect => {
+                    collected.len = 0;
+                    let mut mass = 0;
+                    vocabulary.for_each(|id, logit| {
+                        if rank(id, logit) >= lowest && !collected.push(id, logit) {
+                            overflow.set(0, 1);
+                        }
+                        if top_k == 0 {
+                            mass += u64::from(measure.of(logit));
+                        }
+                    });
+                    sums.set(mass);
                 }
-            });
-            sums.set(mass);
-            let mass = sums.seek(|_| u64::MAX).total;
-            if overflow.get(0) == 0 {
-                let mass = if needs_mass { Some(mass) } else { None };
-                if let Some(rank) = narrow(collected, sums, weights, top_k, top_p, mass) {
-                    (lowest, is_collected) = (rank, true);
+                Stage::Thread => {
+                    let mut mass = 0;
+                    let add = |id, logit| {
+                        // Where all are kept the weight says it, which is 0 for unusable ones.
+                        if keeps_all || rank(id, logit) >= lowest {
+                            mass += u64::from(measure.of(logit));
+                        }
+                    };
+                    if of_collected {
+                        collected.for_each(add);
+                    } else {
+                        vocabulary.for_each(add);
+                    }
+                    sums.set(mass);
+                }
+                Stage::Token => {
+                    let id = thread * BLOCK_DIM as u32 + column;
+                    let logit = vocabulary.logit(id);
+                    sums.set(if rank(id, logit) >= lowest { measure.of(logit).into() } else { 0 });
                 }
             }
-        }
-        if !is_collected && (top_k > 0 || top_p < 1.0) {
-            lowest = narrow(vocabulary, sums, weights, top_k, top_p, None).unwrap_or(USABLE);
-        }
 
-        // First the thread, then the token among the thread's.
-        let mut mass = 0;
-        let mut add = |id, logit| {
-            // Where all are kept the weight says it, which is 0 for unusable ones.
-            if lowest == USABLE || rank(id, logit) >= lowest {
-                mass += u64::from(weights.of(logit));
+            let found = sums.seek(wanted);
+
+            match stage {
+                Stage::Bound | Stage::TopK | Stage::TopP => {
+                    if found.bin < BINS {
+                        if let Some(left) = selection.advance(found, measure) {
+                            wanted = left;
+                            continue;
+                        }
+                        lowest = if selection.known > lowest { selection.known } else { lowest };
+                    } else if stage == Stage::TopP {
+                        // What was collected is less than the part of all: the same again, from all.
+                        of_collected = false;
+                        selection = Selection::new();
+                        continue;
+                    }
+                    // Where there are no more than what top-k or the bound wants, all are kept.
+                    selection = Selection::new();
+                    (stage, wanted) = match stage {
+                        Stage::Bound => (Stage::Collect, Wanted::Amount(u64::MAX)),
+                        Stage::TopK if top_p < 1.0 => (Stage::TopP, part()),
+                        _ => (Stage::Thread, random()),
+                    };
+                }
+                Stage::Collect => {
+                    lowest = USABLE;
+                    of_collected = overflow.get(0) == 0;
+                    (stage, wanted) = if top_k > 0 {
+                        (Stage::TopK, Wanted::Amount(top_k.into()))
+                    } else {
+                        (Stage::TopP, Wanted::Amount(part().of(found.total)))
+                    };
+                }
+                Stage::Thread => {
+                    column = found.bin as u32;
+                    (stage, wanted) = (Stage::Token, Wanted::Amount(found.wanted - found.before));
+                }
+                Stage::Token => break found.bin as u32 * BLOCK_DIM as u32 + column,
             }
         };
-        if is_collected {
-            collected.for_each(&mut add);
-        } else {
-            vocabulary.for_each(&mut add);
-        }
-        sums.set(mass);
-        let bits = random_bits(seed, position);
-        let column = sums.seek(|total| (u128::from(bits) * u128::from(total) >> 64) as u64 + 1);
-        let id = thread * BLOCK_DIM as u32 + column.bin as u32;
-        let logit = vocabulary.logit(id);
-        sums.set(if rank(id, logit) >= lowest { weights.of(logit).into() } else { 0 });
-        let row = sums.seek(|_| column.wanted - column.before);
-        token = (row.bin * BLOCK_DIM + column.bin) as u32;
     }
     if thread == 0 {
         let next = if token == NO_TOKEN { 0 } else { token };
         // SAFETY: one element each, written by one thread.
         unsafe {
             *chosen = token;
-            *step = Step { token: next, position: position + 1 };
+            *step = Step { token: next, position: (*step).position + 1 };
         }
     }
 }
