@@ -371,8 +371,8 @@ fn running_total(value: u64) -> u64 {
     total
 }
 
-/// What the sums are for. The stages are rounds of one loop, so that the code is short: a GPU has to fetch all of it for
-/// this one block.
+/// What the sums are for. The stages are rounds of one loop, so that the code is short: a GPU has to fetch all of it
+/// for this one block.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
     /// Selects the bound of what is collected, from the threads' maxima.
@@ -454,8 +454,8 @@ impl Selection {
 ///
 /// # Thread mapping
 /// One block of [`BLOCK_DIM`] threads; a thread takes every `BLOCK_DIM`-th token. Bytes moved: 4 n_vocab per pass:
-/// one if greedy, two otherwise. Where top-k is above 352, top-p keeps more than about as many, or six of the most likely
-/// tokens fall to one thread, the selection makes three to twelve more. No more than 64 registers per thread will do.
+/// one if greedy, two otherwise. Where top-k is above 352, top-p keeps more than about as many, or six of the most
+/// likely tokens fall to one thread, the selection makes up to twelve more. A thread must do with 64 registers.
 #[kernel]
 pub unsafe fn sample(
     logits: *const f32,
