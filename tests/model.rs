@@ -233,8 +233,8 @@ fn ffn_names_what_does_not_fit() {
         let weights = model.weights().layer(0).unwrap();
         let zeros = |len| device.alloc_from(&vec![0.0f32; len]).unwrap();
         for (activations, n_x, n_y, n_ff, expected) in [
-            (Activations::F32, 95, 96, 160, "the matrix is 160 x 96, the vector has 95 values"),
-            (Activations::Q8_1, 95, 96, 160, "buffer x has 95 values, 96 are needed"),
+            (Activations::F32, 95, 96, 160, "the matrix is 320 x 96, the vector has 95 values"),
+            (Activations::Q8_1, 95, 96, 160, "the matrix is 320 x 96, the vector has 95 values"),
             (Activations::F32, 96, 95, 160, "buffer y has 95 values, 96 are needed"),
             (Activations::Q8_1, 96, 96, 128, "buffer y has 128 values, 160 are needed"),
         ] {

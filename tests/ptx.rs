@@ -68,7 +68,7 @@ fn kernels_assemble_without_spills() {
         let image = ptx_images().rev().find(|(version, _)| *version <= architecture).unwrap();
         let usages = assemble(architecture, image.1);
         assert_eq!(usages.len(), image.1.matches(".visible .entry").count());
-        for prefix in ["gemv", "attention", "rms_norm"] {
+        for prefix in ["gemv", "attention", "rms_norm", "sample"] {
             let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
             assert!(!hot.is_empty(), "no kernel is called {prefix}...");
             let most = hot.iter().max_by_key(|usage| usage.registers).unwrap();
@@ -80,6 +80,10 @@ fn kernels_assemble_without_spills() {
             for usage in hot {
                 assert_eq!((usage.spilled_bytes, usage.stack_bytes), (0, 0), "sm_{architecture}: {usage:?}");
             }
+        }
+        // A block of 1024 threads does not start with more, since an SM has 65,536.
+        for usage in usages.iter().filter(|usage| ["argmax", "sample"].contains(&usage.kernel.as_str())) {
+            assert!(usage.registers <= 64, "sm_{architecture}: {usage:?}");
         }
     }
 }

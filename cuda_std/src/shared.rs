@@ -293,6 +293,40 @@ impl<T: SharedValue, const N: usize> Shared<T, N> {
     accesses!();
 }
 
+impl<const N: usize> Shared<u32, N> {
+    /// Adds to element `index`, wrapping around, in one step that no other thread's comes between; returns the value
+    /// before.
+    #[inline(always)]
+    #[track_caller]
+    pub fn atomic_add(self, index: usize, value: u32) -> u32 {
+        check(index, 1, N);
+        let address = element::<u32>(self.address, index);
+        cfg_select! {
+            target_arch = "nvptx64" => {
+                let old;
+                // SAFETY: the element is inside the array.
+                unsafe {
+                    core::arch::asm!(
+                        "atom.relaxed.cta.shared.add.u32 {old}, [{address}], {value};",
+                        old = out(reg32) old,
+                        address = in(reg32) address,
+                        value = in(reg32) value,
+                        options(nostack, preserves_flags),
+                    );
+                }
+                old
+            }
+            // The threads of a block take turns, and never in the middle of this.
+            // SAFETY: the element is inside the array.
+            _ => unsafe {
+                let old = u32::load(address);
+                u32::store(address, old.wrapping_add(value));
+                old
+            },
+        }
+    }
+}
+
 /// A handle to the dynamic shared memory of the launch, from [`dynamic_shared!`](crate::dynamic_shared).
 #[derive(Debug)]
 pub struct DynamicShared<T> {

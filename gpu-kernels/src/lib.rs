@@ -25,5 +25,6 @@ pub mod residual;
 pub mod rms_norm;
 pub mod rope;
 pub mod rows;
+pub mod sample;
 pub mod step;
 pub mod swiglu;

@@ -52,7 +52,7 @@ fn quantize_matches_its_twin_exactly() {
 
             for (b, block) in x.chunks(32).enumerate() {
                 let amax = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                let d = amax / 127.0;
+                let d = amax * (1.0 / 127.0);
                 let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
                 let mut expected: Vec<i8> =
                     block.iter().map(|v| (v * inverse).round_ties_even() as i8).collect();

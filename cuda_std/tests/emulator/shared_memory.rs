@@ -93,6 +93,43 @@ fn dynamic_shared_memory_has_the_size_of_the_launch() {
     assert_eq!((sum, length), ((0..4096).sum::<i32>() as f32, 4097));
 }
 
+/// Each thread adds its number plus one to one of eight counters.
+#[kernel]
+pub unsafe fn count(sums: *mut u32, before: *mut u32) {
+    let counters = shared_array!(COUNTERS: [u32; 8]);
+    let i = thread_idx_x() as usize;
+    if i < 8 {
+        counters.set(i, u32::MAX);
+    }
+    sync_threads();
+    let old = counters.atomic_add(i % 8, i as u32 + 1);
+    sync_threads();
+    // SAFETY: one element per thread, and one per counter.
+    unsafe {
+        *before.add(i) = old;
+        if i < 8 {
+            *sums.add(i) = counters.get(i);
+        }
+    }
+}
+
+#[test]
+fn atomic_add_adds_up_and_wraps_around() {
+    let (mut sums, mut before) = ([0u32; 8], [0u32; 100]);
+    launch(&COUNT, 1, 100, (sums.as_mut_ptr(), before.as_mut_ptr()));
+    for (counter, sum) in sums.into_iter().enumerate() {
+        let mut additions: Vec<(u32, u32)> =
+            (counter..100).step_by(8).map(|i| (before[i].wrapping_add(1), i as u32 + 1)).collect();
+        additions.sort_unstable();
+        // In some order each found what the ones before had left.
+        let total = additions.iter().fold(0, |total, &(before, amount)| {
+            assert_eq!(before, total);
+            total + amount
+        });
+        assert_eq!(sum, total - 1);
+    }
+}
+
 fn ignore<T>(_: T) {}
 
 /// More than the 48 KB that a kernel may have.

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use host::model::{Model, Session};
-use host::sampling::Sampler;
 use host::tokenizer::{Tokenizer, Utf8Stream};
 
 use super::args::SamplingArgs;
@@ -14,13 +13,11 @@ use super::status;
 /// Prompt tokens that run between two looks at Ctrl-C.
 const PROMPT_PIECE: usize = 64;
 
-/// A model, its tokenizer and sampler, and the tokens that are in the KV cache.
+/// A model, its tokenizer, and the tokens that are in the KV cache.
 pub(super) struct Generator<'m> {
     session: Session<'m>,
     n_ctx: usize,
     tokenizer: &'m Tokenizer,
-    sampler: Sampler,
-    logits: Vec<f32>,
     cached: Vec<u32>,
 }
 
@@ -56,14 +53,9 @@ impl<'m> Generator<'m> {
         if !options.is_greedy() && sampling.seed.is_none() {
             status!("seed {}", options.seed);
         }
-        Ok(Self {
-            session: model.session()?,
-            n_ctx: model.n_ctx(),
-            tokenizer,
-            sampler: Sampler::new(options)?,
-            logits: Vec::new(),
-            cached: Vec::new(),
-        })
+        let mut session = model.session()?;
+        session.set_sampling(&options)?;
+        Ok(Self { session, n_ctx: model.n_ctx(), tokenizer, cached: Vec::new() })
     }
 
     /// Generates at most `limit` tokens after `prompt` and writes their text as it comes.
@@ -109,7 +101,7 @@ impl<'m> Generator<'m> {
         }
 
         let mut utf8 = Utf8Stream::new();
-        let mut token = self.next_token()?; // waits for the prompt
+        let mut token = self.session.sample()?; // waits for the prompt
         generated.prompt_time = start.elapsed();
         let start = Instant::now();
         let mut n_generated = 0;
@@ -131,7 +123,7 @@ impl<'m> Generator<'m> {
                 break Stop::Interrupted;
             }
             self.feed(&[token])?;
-            token = self.next_token()?;
+            token = self.session.sample()?;
             generated.n_decoded += 1;
         };
         generated.decode_time = start.elapsed();
@@ -144,14 +136,6 @@ impl<'m> Generator<'m> {
         self.cached.extend_from_slice(tokens);
         self.cached.truncate(self.session.position());
         fed
-    }
-
-    fn next_token(&mut self) -> Result<u32> {
-        if self.sampler.options().is_greedy() {
-            return self.session.greedy();
-        }
-        self.session.logits(&mut self.logits)?;
-        self.sampler.sample(&self.logits)
     }
 }
 

@@ -5,7 +5,9 @@ use super::trace::{Halt, Point, Probe};
 use super::{Model, weights};
 use crate::device::{Buffer, Recording};
 use crate::ops::{self, KvLayer};
+use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
+use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
 use gpu_kernels::step::Step;
 
 /// Tokens in a KV cache, and the logits of the last one fed.
@@ -15,8 +17,9 @@ pub struct Session<'m> {
     steps: [RecordedStep; 2],
     buffers: Buffers,
     caches: Vec<KvLayer>,
-    /// Where the device leaves the most likely token.
+    /// Where the device leaves the token that it chose, and how it is to choose.
     next: Buffer<u32>,
+    sampling: Buffer<SamplingParameters>,
     /// Tokens in the cache.
     position: usize,
     /// Whether the logits are those of the last token in the cache.
@@ -45,6 +48,7 @@ impl<'m> Session<'m> {
             buffers: Buffers::alloc(device, config)?,
             caches,
             next: device.alloc_from(&[0u32])?,
+            sampling: device.alloc_from(&[SamplingOptions::default().parameters()])?,
             position: 0,
             has_logits: false,
         })
@@ -121,6 +125,33 @@ impl<'m> Session<'m> {
         ops::argmax(&self.model.device, &self.buffers.logits, &mut self.next)?;
         let mut token = [0];
         self.model.device.download(&self.next, &mut token)?;
+        Ok(token[0])
+    }
+
+    /// How [`sample`](Self::sample) chooses from now on; greedily before this is called.
+    ///
+    /// # Errors
+    /// When the options make no sense, or the device fails.
+    pub fn set_sampling(&mut self, options: &SamplingOptions) -> Result<()> {
+        options.check()?;
+        self.model.device.upload(&mut self.sampling, &[options.parameters()])
+    }
+
+    /// The next token, chosen on the device. Waits for it. Asked again at the same position it is the same.
+    ///
+    /// # Errors
+    /// As [`logits`](Self::logits); also when no logit is a number above -inf.
+    pub fn sample(&mut self) -> Result<u32> {
+        ensure!(self.has_logits, "there are no logits: no token was fed");
+        let device = &self.model.device;
+        // Choosing advances the step.
+        let step = Step { token: 0, position: self.position as u32 - 1 };
+        device.upload(&mut self.buffers.step, &[step])?;
+        let (logits, n_vocab) = (&self.buffers.logits, self.model.config.n_vocab);
+        ops::sample(device, logits, n_vocab, &self.sampling, &mut self.buffers.step, &mut self.next)?;
+        let mut token = [0];
+        device.download(&self.next, &mut token)?;
+        ensure!(token[0] != NO_TOKEN, "the model gave no usable logits: all are NaN or -inf");
         Ok(token[0])
     }
 

@@ -114,8 +114,8 @@ impl Weights {
 
     pub(super) fn bytes_per_token(&self) -> u64 {
         let layers = self.layers.iter().map(Layer::n_bytes).sum::<usize>();
-        let embedding_row = self.token_embd.n_bytes() / self.token_embd.n_rows();
-        (layers + self.output_norm.n_bytes() + self.output().n_bytes() + embedding_row) as u64
+        let embedding_row = self.token_embd.weight_bytes() / self.token_embd.n_rows();
+        (layers + self.output_norm.n_bytes() + self.output().weight_bytes() + embedding_row) as u64
     }
 }
 
@@ -124,15 +124,15 @@ impl Layer {
         let linears = [&self.attn_q, &self.attn_k, &self.attn_v];
         let matrices = [&self.attn_output, &self.ffn_down];
         let gate_up = match &self.ffn_gate_up {
-            GateUp::Joined(matrix) => matrix.n_bytes(),
-            GateUp::Apart { gate, up } => gate.n_bytes() + up.n_bytes(),
+            GateUp::Joined(matrix) => matrix.weight_bytes(),
+            GateUp::Apart { gate, up } => gate.weight_bytes() + up.weight_bytes(),
         };
         let bias = |linear: &&Linear| linear.bias.as_ref().map_or(0, Buffer::n_bytes);
         self.attn_norm.n_bytes()
             + self.ffn_norm.n_bytes()
             + gate_up
-            + linears.iter().map(|linear| linear.weight.n_bytes() + bias(linear)).sum::<usize>()
-            + matrices.iter().map(|matrix| matrix.n_bytes()).sum::<usize>()
+            + linears.iter().map(|linear| linear.weight.weight_bytes() + bias(linear)).sum::<usize>()
+            + matrices.iter().map(|matrix| matrix.weight_bytes()).sum::<usize>()
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use gpu_kernels::activations::{Q8_1_BLOCK, VALUES_PER_THREAD};
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::rows::RowOrder;
+use gpu_kernels::sample::{self as sample_kernel, SamplingParameters};
 use gpu_kernels::step::Step;
 use gpu_kernels::{
     argmax as argmax_kernel, embed as embed_kernel, quantize, residual, rms_norm as rms_norm_kernel,
@@ -114,4 +115,34 @@ pub fn argmax(device: &Device, x: &Buffer<f32>, index: &mut Buffer<u32>) -> Resu
     let arguments = (x.as_ptr(), index.as_mut_ptr(), dim(x.len())?);
     // SAFETY: the lengths are checked.
     unsafe { device.launch(&argmax_kernel::ARGMAX, launch_1d(1, argmax_kernel::BLOCK_DIM)?, arguments) }
+}
+
+/// Chooses a token by its logit, `n_vocab` of them, into `chosen[0]`, and makes it the step's at the next position.
+///
+/// Where no logit is a number above -inf it chooses [`NO_TOKEN`](sample_kernel::NO_TOKEN), and the step's token is 0.
+///
+/// # Errors
+/// When there are no tokens or more than [`MAX_VOCAB`](sample_kernel::MAX_VOCAB), a buffer is too short, or the launch
+/// fails.
+pub fn sample(
+    device: &Device,
+    logits: &Buffer<f32>,
+    n_vocab: usize,
+    parameters: &Buffer<SamplingParameters>,
+    step: &mut Buffer<Step>,
+    chosen: &mut Buffer<u32>,
+) -> Result<()> {
+    ensure!(
+        (1..=sample_kernel::MAX_VOCAB).contains(&n_vocab),
+        "sample: a vocabulary of {n_vocab} tokens, 1 to {} are possible",
+        sample_kernel::MAX_VOCAB
+    );
+    at_least("sample", "logits", logits, n_vocab)?;
+    at_least("sample", "parameters", parameters, 1)?;
+    at_least("sample", "step", step, 1)?;
+    at_least("sample", "chosen", chosen, 1)?;
+    let arguments =
+        (logits.as_ptr(), dim(n_vocab)?, parameters.as_ptr(), step.as_mut_ptr(), chosen.as_mut_ptr());
+    // SAFETY: the lengths are checked.
+    unsafe { device.launch(&sample_kernel::SAMPLE, launch_1d(1, sample_kernel::BLOCK_DIM)?, arguments) }
 }

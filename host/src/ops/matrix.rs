@@ -58,6 +58,11 @@ impl Matrix {
         self.order
     }
 
+    /// Bytes of the weights themselves, as the file has them.
+    pub fn weight_bytes(&self) -> usize {
+        self.n_rows * self.format.row_bytes(self.n_cols)
+    }
+
     /// Size in device memory.
     pub fn n_bytes(&self) -> usize {
         self.tiles.n_bytes()

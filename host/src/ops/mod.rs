@@ -9,7 +9,7 @@ mod matrix;
 mod types;
 
 pub use attention::{AttentionShape, attention, kv_append, rope};
-pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, swiglu};
+pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use matrix::{Matrix, Packer};
 pub use types::{Input, KvLayer, Norm, Q8_1Vector, Rope};

@@ -1,0 +1,349 @@
+//! Choosing a token, against a choice worked out in f64.
+
+use super::{Random, devices};
+use gpu_kernels::sample::{MAX_VOCAB, NO_TOKEN, SamplingParameters};
+use gpu_kernels::step::Step;
+use host::device::{Buffer, Device};
+use host::ops;
+use host::sampling::SamplingOptions;
+
+/// A device that chooses from the same logits again and again.
+struct Chooser<'d> {
+    device: &'d Device,
+    n_vocab: usize,
+    logits: Buffer<f32>,
+    parameters: Buffer<SamplingParameters>,
+    step: Buffer<Step>,
+    chosen: Buffer<u32>,
+}
+
+impl<'d> Chooser<'d> {
+    fn new(device: &'d Device, logits: &[f32], options: SamplingOptions) -> Self {
+        options.check().unwrap();
+        // What follows the vocabulary is never read: it would always be chosen.
+        let mut all = logits.to_vec();
+        all.extend([f32::INFINITY; 40]);
+        Self {
+            device,
+            n_vocab: logits.len(),
+            logits: device.alloc_from(&all).unwrap(),
+            parameters: device.alloc_from(&[options.parameters()]).unwrap(),
+            step: device.alloc_from(&[Step::default()]).unwrap(),
+            chosen: device.alloc_from(&[0u32, 12_345]).unwrap(),
+        }
+    }
+
+    /// The choice at this position, after checking the step that it leaves.
+    fn at(&mut self, position: u32) -> u32 {
+        self.device.upload(&mut self.step, &[Step { token: 77, position }]).unwrap();
+        let Self { device, n_vocab, logits, parameters, step, chosen } = self;
+        ops::sample(device, logits, *n_vocab, parameters, step, chosen).unwrap();
+        let found = device.to_vec(chosen).unwrap();
+        assert_eq!(found[1], 12_345, "written beyond the chosen token");
+        let token = if found[0] == NO_TOKEN { 0 } else { found[0] };
+        assert_eq!(device.to_vec(step).unwrap(), [Step { token, position: position + 1 }]);
+        found[0]
+    }
+
+    fn counts(&mut self, n: u32) -> Vec<usize> {
+        let mut counts = vec![0; self.n_vocab];
+        for position in 0..n {
+            counts[self.at(position) as usize] += 1;
+        }
+        counts
+    }
+}
+
+/// The tokens that may be chosen, the most likely first, with their probabilities up to a common factor.
+fn kept(logits: &[f32], options: SamplingOptions) -> Vec<(u32, f64)> {
+    let usable = (0..).zip(logits).filter(|(_, logit)| **logit > f32::NEG_INFINITY);
+    let mut tokens: Vec<(u32, f64)> = usable.map(|(id, &logit)| (id, f64::from(logit))).collect();
+    // Stable: equals stay in the order of their ids.
+    tokens.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap());
+    let Some(&(_, top)) = tokens.first() else { return tokens };
+    if options.is_greedy() || top == f64::INFINITY {
+        tokens.truncate(1);
+        return vec![(tokens[0].0, 1.0)];
+    }
+    tokens.iter_mut().for_each(|token| token.1 = ((token.1 - top) / f64::from(options.temp)).exp());
+    if options.top_k > 0 {
+        tokens.truncate(options.top_k);
+    }
+    if options.top_p < 1.0 {
+        let wanted = f64::from(options.top_p) * tokens.iter().map(|token| token.1).sum::<f64>();
+        let mut sum = 0.0;
+        let n = tokens.iter().take_while(|token| {
+            let missing = sum < wanted;
+            sum += token.1;
+            missing
+        });
+        let n = n.count().max(1);
+        tokens.truncate(n);
+    }
+    tokens
+}
+
+/// How far a choice may be from where f64 has it, in parts of the sum of all probabilities.
+const TOLERANCE: f64 = 2e-5;
+
+/// Whether the choices at some positions are those that the kernel's description says.
+fn check(
+    device: &Device,
+    logits: &[f32],
+    options: SamplingOptions,
+    positions: impl IntoIterator<Item = u32>,
+) {
+    let mut kept = kept(logits, options);
+    kept.sort_by_key(|&(id, _)| (id % 1024, id));
+    let total: f64 = kept.iter().map(|token| token.1).sum();
+    let mut chooser = Chooser::new(device, logits, options);
+    for position in positions {
+        let chosen = chooser.at(position);
+        let what =
+            || format!("{} tokens, {options:?}, position {position}, {}", logits.len(), device.describe());
+        let Some(place) = kept.iter().position(|&(id, _)| id == chosen) else {
+            panic!("{}: token {chosen}, which is not among the {} kept", what(), kept.len());
+        };
+        let before = kept[..place].iter().map(|token| token.1).sum::<f64>() / total;
+        let through = before + kept[place].1 / total;
+        let steps = u64::from(position).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let wanted = Random::new(options.seed.wrapping_add(steps)).bits() as f64 / 2f64.powi(64);
+        assert!(
+            before - TOLERANCE <= wanted && wanted <= through + TOLERANCE,
+            "{}: token {chosen}, which is from {before} to {through}; wanted is what is at {wanted}",
+            what()
+        );
+    }
+}
+
+fn options(temp: f32, top_k: usize, top_p: f32) -> SamplingOptions {
+    SamplingOptions { temp, top_k, top_p, seed: 7 }
+}
+
+/// The logarithms of probabilities 0.1, 0.4, 0.2 and 0.3.
+fn four() -> Vec<f32> {
+    [0.1f32, 0.4, 0.2, 0.3].map(f32::ln).to_vec()
+}
+
+/// Logits as of a language model: a bell, of which some are raised. NaN and -inf are among them.
+fn like_a_model(n: usize, seed: u64) -> Vec<f32> {
+    let mut random = Random::new(seed);
+    let mut logits: Vec<f32> = (0..n).map(|_| (0..6).map(|_| 1.7 * random.symmetric()).sum()).collect();
+    for _ in 0..n / 500 {
+        logits[(random.bits() % n as u64) as usize] += 6.0;
+    }
+    for (unusable, every) in [(f32::NAN, 97), (f32::NEG_INFINITY, 89), (-f32::NAN, 83)] {
+        logits.iter_mut().skip(5).step_by(every).for_each(|logit| *logit = unusable);
+    }
+    logits
+}
+
+/// Whether each token was chosen as often as its probability says, within four standard deviations.
+fn assert_shares(counts: &[usize], wanted: &[f64], what: &str) {
+    let n: usize = counts.iter().sum();
+    for (id, (&count, &share)) in counts.iter().zip(wanted).enumerate() {
+        let deviation = (share * (1.0 - share) * n as f64).sqrt();
+        let off = (count as f64 - share * n as f64).abs();
+        assert!(off <= 4.0 * deviation, "{what}: token {id}: {count} of {n}, wanted {share}");
+    }
+}
+
+#[test]
+fn shares_match_the_softmax() {
+    let some = [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0];
+    let all = [0.1, 0.4, 0.2, 0.3];
+    // At half the temperature shares go with the square: 1, 16, 4, 9 of 30.
+    let sharp = [1.0, 16.0, 4.0, 9.0].map(|share| share / 30.0);
+    let cases = [
+        (options(1.0, 0, 1.0), all),
+        (options(0.5, 0, 1.0), sharp),
+        (options(1.0, 2, 1.0), some),
+        (options(1.0, 4, 1.0), all),
+        (options(1.0, 900, 1.0), all),
+        (options(1.0, 0, 0.5), some),
+        (options(1.0, 0, 0.39), [0.0, 1.0, 0.0, 0.0]),
+        (options(1.0, 0, 0.9999), all),
+        // Of 0.4 and 0.3 the first is more than half.
+        (options(1.0, 2, 0.5), [0.0, 1.0, 0.0, 0.0]),
+        (options(1.0, 3, 0.5), some),
+    ];
+    for device in devices() {
+        for (options, wanted) in cases {
+            let counts = Chooser::new(device, &four(), options).counts(2000);
+            assert_shares(&counts, &wanted, &format!("{options:?}, {}", device.describe()));
+        }
+    }
+}
+
+#[test]
+fn choices_match_f64() {
+    for device in devices() {
+        for n in [1, 2, 31, 1000, 1024, 1025, 9000, 49_152] {
+            let logits = like_a_model(n, n as u64);
+            for (top_k, top_p) in [(0, 1.0), (1, 1.0), (2, 1.0), (40, 1.0), (40, 0.9), (0, 0.8), (0, 0.95)] {
+                for temp in [0.0, 0.7, 1.3] {
+                    check(device, &logits, options(temp, top_k, top_p), (0..4).chain([4095, 131_071]));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn choices_in_a_large_vocabulary_match_f64() {
+    let logits = like_a_model(151_936, 1);
+    for device in devices() {
+        for (top_k, top_p) in [(0, 1.0), (40, 0.95), (0, 0.9), (0, 0.999), (20_000, 1.0), (20_000, 0.9)] {
+            check(device, &logits, options(0.8, top_k, top_p), 0..3);
+        }
+    }
+}
+
+#[test]
+fn top_k_of_any_size_keeps_the_k_most_likely() {
+    let logits = like_a_model(5000, 3);
+    for device in devices() {
+        // Nearly the same probability for each, so that those at the edge are chosen too.
+        for top_k in [2, 3, 5, 100, 300, 352, 353, 1000, 4000, 4999, 5000, usize::MAX] {
+            check(device, &logits, options(1e6, top_k, 1.0), 0..20);
+        }
+        let mut counts = Chooser::new(device, &logits, options(1e6, 5, 1.0)).counts(100);
+        counts.retain(|&count| count > 0);
+        assert_eq!(counts.len(), 5);
+    }
+}
+
+#[test]
+fn equal_logits_are_kept_in_the_order_of_their_ids() {
+    for device in devices() {
+        // Top-k ends before, among and after five equals.
+        let mut logits = vec![-4.0; 3000];
+        logits[2222] = 5.0;
+        for id in [3, 1027, 1026, 2051, 2999] {
+            logits[id] = 3.0;
+        }
+        logits[7] = f32::NAN;
+        for top_k in 1..=8 {
+            check(device, &logits, options(1e6, top_k, 1.0), 0..10);
+        }
+        let mut counts = Chooser::new(device, &logits, options(1e6, 3, 1.0)).counts(60);
+        let chosen: Vec<usize> = (0..3000).filter(|&id| std::mem::take(&mut counts[id]) > 0).collect();
+        assert_eq!(chosen, [3, 1026, 2222]);
+
+        // All are equal, a zero of either sign too.
+        for n in [8, 1000, 5000] {
+            for value in [0.0, -2.5] {
+                let mut logits = vec![value; n];
+                if value == 0.0 {
+                    logits.iter_mut().step_by(3).for_each(|logit| *logit = -0.0);
+                }
+                for (top_k, top_p) in [(3, 1.0), (n / 2, 1.0), (n - 1, 0.5), (0, 0.25), (0, 0.5), (0, 0.75)] {
+                    check(device, &logits, options(1.0, top_k, top_p), 0..6);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tokens_that_meet_in_one_thread_are_all_kept() {
+    // Every 1024th token is the same thread's.
+    let mut logits = like_a_model(30_000, 5);
+    for (i, id) in (9..30_000).step_by(1024).enumerate() {
+        logits[id] = 20.0 - (i % 7) as f32 * 0.1;
+    }
+    for device in devices() {
+        for (top_k, top_p) in [(4, 1.0), (6, 1.0), (12, 1.0), (12, 0.6), (0, 0.5), (29, 1.0), (40, 0.99)] {
+            check(device, &logits, options(1.0, top_k, top_p), 0..12);
+        }
+    }
+}
+
+#[test]
+fn greedy_choices_match_argmax() {
+    let mut cases =
+        vec![four(), vec![1.0, 3.0, 3.0, 2.0], vec![-0.0, 0.0], vec![f32::NAN, -5.0, f32::NAN, -4.0]];
+    cases.extend([32, 1023, 1025, 49_152, 151_936].map(|n| like_a_model(n, n as u64)));
+    for device in devices() {
+        for logits in &cases {
+            let mut index = device.alloc_from(&[0]).unwrap();
+            ops::argmax(device, &device.alloc_from(logits).unwrap(), &mut index).unwrap();
+            let expected = device.to_vec(&index).unwrap()[0];
+            let choose = |options| Chooser::new(device, logits, options).at(3);
+            let what = format!("{} logits, {}", logits.len(), device.describe());
+            for options in [SamplingOptions::default(), options(2.0, 1, 1.0), options(2.0, 0, 0.0)] {
+                assert_eq!(choose(options), expected, "{options:?}, {what}");
+            }
+            // The inverse of this temperature is beyond f32. Of equals any may be chosen.
+            let found = choose(options(1e-45, 0, 1.0));
+            assert_eq!(logits[found as usize], logits[expected as usize], "{what}");
+        }
+    }
+}
+
+#[test]
+fn unusable_logits_are_never_chosen() {
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let mixed = [nan, 1.0, -inf, 1.0, -nan];
+    for device in devices() {
+        for options in
+            [options(0.0, 0, 1.0), options(1.0, 0, 1.0), options(1.0, 3, 0.9), options(1.0, 400, 0.9)]
+        {
+            let choose = |logits: &[f32]| Chooser::new(device, logits, options).at(5);
+            let counts = Chooser::new(device, &mixed, options).counts(50);
+            assert_eq!(counts[1] + counts[3], 50);
+            assert_eq!(choose(&[0.0, inf, nan, inf]), 1);
+            assert_eq!(choose(&[f32::MIN, -inf]), 0);
+            assert_eq!(choose(&[f32::MAX, f32::MIN, nan]), 0);
+            for unusable in [vec![nan, -inf], vec![-inf], vec![nan; 2000]] {
+                assert_eq!(choose(&unusable), NO_TOKEN);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_tokens() {
+    let logits: Vec<f32> = (0..1000).map(|i| (i as f32 * 0.37).sin()).collect();
+    for device in devices() {
+        let draw = |seed, top_k| {
+            let options = SamplingOptions { temp: 0.8, top_k, top_p: 0.9, seed };
+            let mut chooser = Chooser::new(device, &logits, options);
+            (0..20).map(|position| chooser.at(position)).collect::<Vec<_>>()
+        };
+        let tokens = draw(1, 40);
+        assert_eq!(tokens, draw(1, 40));
+        assert_ne!(tokens, draw(2, 40));
+        assert!(tokens[1..].iter().any(|&token| token != tokens[0]), "the position changes nothing");
+        // A seed must keep its meaning from release to release.
+        assert_eq!(draw(42, 0)[..4], [736, 156, 275, 341]);
+    }
+}
+
+#[test]
+fn a_choice_is_made_the_next_step() {
+    for device in devices() {
+        let mut chooser = Chooser::new(device, &four(), options(0.0, 0, 1.0));
+        device.upload(&mut chooser.step, &[Step { token: 3, position: 10 }]).unwrap();
+        for position in 11..14 {
+            let Chooser { device, n_vocab, logits, parameters, step, chosen } = &mut chooser;
+            ops::sample(device, logits, *n_vocab, parameters, step, chosen).unwrap();
+            assert_eq!(device.to_vec(step).unwrap(), [Step { token: 1, position }]);
+        }
+    }
+}
+
+#[test]
+fn senseless_vocabularies_are_refused() {
+    let device = &devices()[0];
+    let mut chooser = Chooser::new(device, &four(), options(1.0, 0, 1.0));
+    for (n_vocab, part) in [
+        (0, "0 tokens"),
+        (MAX_VOCAB + 1, "1048577 tokens"),
+        (45, "buffer logits has 44 values, 45 are needed"),
+    ] {
+        let Chooser { device, logits, parameters, step, chosen, .. } = &mut chooser;
+        let error = ops::sample(device, logits, n_vocab, parameters, step, chosen).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
