@@ -432,7 +432,7 @@ impl Selection {
     }
 }
 
-/// Chooses a token at random by its logit and makes it the step's: `chosen[0] = token`,
+/// Chooses a token at random by its logit and makes it the step's: `chosen[position % n_places] = token`,
 /// `step = { token, position + 1 }`.
 ///
 /// A token's probability is in proportion to `exp(logit * inverse_temp)` among those that top-k, then top-p keep; of
@@ -449,20 +449,22 @@ impl Selection {
 ///
 /// # Parameters
 /// - `logits`: `[n_vocab]`
-/// - `parameters`, `chosen`: `[1]`
+/// - `parameters`: `[1]`
+/// - `chosen`: `[n_places]`, which may lie in host memory that the device writes to
 /// - `step`: `[1]`; its position is that of the token whose logits these are
 ///
 /// # Thread mapping
 /// One block of [`BLOCK_DIM`] threads; a thread takes every `BLOCK_DIM`-th token. Bytes moved: 4 n_vocab per pass:
 /// one if greedy, two otherwise. Where top-k is above 352, top-p keeps more than about as many, or six of the most
 /// likely tokens fall to one thread, the selection makes up to twelve more. A thread must do with 64 registers.
-#[kernel]
+#[kernel(overlapping, launch_bounds(1024, 1))]
 pub unsafe fn sample(
     logits: *const f32,
     n_vocab: u32,
     parameters: *const SamplingParameters,
     step: *mut Step,
     chosen: *mut u32,
+    n_places: u32,
 ) {
     wait_for_previous();
     let_next_start();
@@ -621,8 +623,9 @@ pub unsafe fn sample(
         let next = if token == NO_TOKEN { 0 } else { token };
         // SAFETY: one element each, written by one thread.
         unsafe {
-            *chosen = token;
-            *step = Step { token: next, position: (*step).position + 1 };
+            let position = (*step).position;
+            *chosen.add((position % n_places) as usize) = token;
+            *step = Step { token: next, position: position + 1 };
         }
     }
 }

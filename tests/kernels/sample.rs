@@ -37,7 +37,7 @@ impl<'d> Chooser<'d> {
     fn at(&mut self, position: u32) -> u32 {
         self.device.upload(&mut self.step, &[Step { token: 77, position }]).unwrap();
         let Self { device, n_vocab, logits, parameters, step, chosen } = self;
-        ops::sample(device, logits, *n_vocab, parameters, step, chosen).unwrap();
+        ops::sample(device, logits, *n_vocab, parameters, step, chosen, 1).unwrap();
         let found = device.to_vec(chosen).unwrap();
         assert_eq!(found[1], 12_345, "written beyond the chosen token");
         let token = if found[0] == NO_TOKEN { 0 } else { found[0] };
@@ -327,7 +327,7 @@ fn a_choice_is_made_the_next_step() {
         device.upload(&mut chooser.step, &[Step { token: 3, position: 10 }]).unwrap();
         for position in 11..14 {
             let Chooser { device, n_vocab, logits, parameters, step, chosen } = &mut chooser;
-            ops::sample(device, logits, *n_vocab, parameters, step, chosen).unwrap();
+            ops::sample(device, logits, *n_vocab, parameters, step, chosen, 1).unwrap();
             assert_eq!(device.to_vec(step).unwrap(), [Step { token: 1, position }]);
         }
     }
@@ -343,7 +343,8 @@ fn senseless_vocabularies_are_refused() {
         (45, "buffer logits has 44 values, 45 are needed"),
     ] {
         let Chooser { device, logits, parameters, step, chosen, .. } = &mut chooser;
-        let error = ops::sample(device, logits, n_vocab, parameters, step, chosen).unwrap_err().to_string();
+        let error =
+            ops::sample(device, logits, n_vocab, parameters, step, chosen, 1).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     }
 }

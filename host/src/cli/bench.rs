@@ -99,11 +99,19 @@ fn prefill(session: &mut Session, tokens: &[u32]) -> Result<()> {
     session.greedy().map(drop)
 }
 
-/// Runs one token after the other and waits for each, as a generation does.
+/// Generates as many tokens as there are, each chosen on the device and fed from there, and waits for each; the device
+/// works on the next one meanwhile, as in a generation.
 fn decode(session: &mut Session, tokens: &[u32]) -> Result<()> {
-    for token in tokens {
-        session.feed(&[*token])?;
-        session.greedy()?;
+    session.feed(&tokens[..1])?;
+    session.sample()?;
+    for i in 1..tokens.len() {
+        session.advance()?;
+        if i > 1 {
+            session.next_chosen()?;
+        }
+    }
+    if tokens.len() > 1 {
+        session.next_chosen()?;
     }
     Ok(())
 }

@@ -13,6 +13,9 @@ use super::status;
 /// Prompt tokens that run between two looks at Ctrl-C.
 const PROMPT_PIECE: usize = 64;
 
+/// Steps that the device is ahead of what is shown.
+const AHEAD: usize = 1;
+
 /// A model, its tokenizer, and the tokens that are in the KV cache.
 pub(super) struct Generator<'m> {
     session: Session<'m>,
@@ -116,16 +119,23 @@ impl<'m> Generator<'m> {
             if limit == Some(n_generated) {
                 break Stop::Limit;
             }
-            if self.session.position() >= self.n_ctx {
+            if self.cached.len() >= self.n_ctx {
                 break Stop::Context;
             }
             if interrupted() {
                 break Stop::Interrupted;
             }
-            self.feed(&[token])?;
-            token = self.session.sample()?;
+            // The device stays a step ahead: while it works on the token after this one, this one is shown.
+            self.cached.push(token);
+            while self.session.position() < self.cached.len() + AHEAD && self.session.position() < self.n_ctx
+            {
+                self.session.advance()?;
+            }
+            token = self.session.next_chosen()?;
             generated.n_decoded += 1;
         };
+        // What the device has done beyond the end is not part of the conversation.
+        self.session.truncate(self.cached.len());
         generated.decode_time = start.elapsed();
         generated.emit(&utf8.finish(), out)?;
         Ok(generated)

@@ -1,7 +1,7 @@
 //! Device memory with a type and a length.
 
 use super::cpu::CpuMemory;
-use super::cuda::CudaMemory;
+use super::cuda::{CudaMemory, HostMemory};
 use bytemuck::Pod;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -10,6 +10,8 @@ use std::sync::Arc;
 /// Owned memory of either device.
 pub(super) enum Memory {
     Cuda(CudaMemory),
+    /// The host's, which the GPU writes to.
+    Host(HostMemory),
     Cpu(CpuMemory),
 }
 
@@ -17,6 +19,7 @@ impl Memory {
     fn address(&self) -> *mut u8 {
         match self {
             Memory::Cuda(memory) => memory.address(),
+            Memory::Host(memory) => memory.address(),
             Memory::Cpu(memory) => memory.address(),
         }
     }
@@ -77,6 +80,30 @@ impl<T: Pod> Buffer<T> {
     /// The device address, to pass to a kernel that writes.
     pub fn as_mut_ptr(&mut self) -> *mut T {
         self.as_ptr().cast_mut()
+    }
+}
+
+/// Values in memory that kernels write to and the host reads as it is.
+pub struct HostBuffer<T>(Buffer<T>);
+
+impl<T: Pod> HostBuffer<T> {
+    pub(super) fn new(memory: Memory, len: usize) -> Self {
+        Self(Buffer::new(memory, len))
+    }
+
+    /// Value `index`. What a kernel writes is there once its [`Signal`](super::Signal) has been waited for.
+    ///
+    /// # Panics
+    /// When there is no such value.
+    pub fn get(&self, index: usize) -> T {
+        assert!(index < self.0.len, "value {index} of a buffer of {}", self.0.len);
+        // SAFETY: inside the memory, which the host can read; volatile, since a GPU may have written meanwhile.
+        unsafe { self.0.as_ptr().add(index).read_volatile() }
+    }
+
+    /// The buffer as kernels take it.
+    pub fn as_buffer(&mut self) -> &mut Buffer<T> {
+        &mut self.0
     }
 }
 

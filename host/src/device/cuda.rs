@@ -6,6 +6,7 @@ use cuda_std::launch::{KernelInfo, LaunchConfig};
 use cust::context::{Context, CurrentContext};
 use cust::device::{Device, DeviceAttribute};
 use cust::error::{CudaError, CudaResult};
+use cust::event::{Event, EventFlags};
 use cust::function::Function;
 use cust::memory::{DevicePointer, cuda_free, cuda_malloc, mem_get_info};
 use cust::module::Module;
@@ -153,6 +154,33 @@ impl CudaDevice {
                 Err(error).with_context(|| format!("cannot allocate {bytes} bytes on {}", self.name))
             }
         }
+    }
+
+    /// Zeroed memory of the host that kernels reach at the address at which the host does.
+    pub(super) fn alloc_host(&self, bytes: usize) -> Result<HostMemory> {
+        self.enter()?;
+        let mut start = ptr::null_mut();
+        // SAFETY: sets the pointer.
+        check(unsafe { sys::cuMemAllocHost_v2(&mut start, bytes.max(1)) }).with_context(|| {
+            format!("cannot allocate {bytes} bytes of memory that {} can write to", self.name)
+        })?;
+        let start = start.cast::<u8>();
+        // SAFETY: as many bytes were just allocated.
+        unsafe { start.write_bytes(0, bytes) };
+        Ok(HostMemory { start, context: Arc::clone(&self.context) })
+    }
+
+    /// An event after everything that was issued so far.
+    pub(super) fn signal(&self) -> Result<Event> {
+        self.enter()?;
+        let event = Event::new(EventFlags::DISABLE_TIMING)?;
+        event.record(&self.stream)?;
+        Ok(event)
+    }
+
+    pub(super) fn wait(&self, event: &Event) -> Result<()> {
+        self.enter()?;
+        event.synchronize().context("a kernel failed on the GPU")
     }
 
     pub(super) fn upload(&self, to: *mut u8, bytes: &[u8]) -> Result<()> {
@@ -323,6 +351,32 @@ impl Drop for CudaGraph {
 fn check(code: sys::CUresult) -> Result<()> {
     ensure!(code == sys::CUresult::CUDA_SUCCESS, "the driver says {code:?}");
     Ok(())
+}
+
+/// Memory of the host that kernels can write to.
+pub(super) struct HostMemory {
+    start: *mut u8,
+    context: Arc<Context>,
+}
+
+// SAFETY: plain memory, owned; freeing makes the context current first.
+unsafe impl Send for HostMemory {}
+// SAFETY: what kernels write is read volatile, by whoever has waited for them.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    pub(super) fn address(&self) -> *mut u8 {
+        self.start
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // As with memory on the GPU.
+        let _ = CurrentContext::set_current(&*self.context);
+        // SAFETY: allocated by `cuMemAllocHost`, freed once; kernels that use it have ended or will not start.
+        let _ = unsafe { sys::cuMemFreeHost(self.start.cast()) };
+    }
 }
 
 /// Memory on the GPU.

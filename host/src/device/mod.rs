@@ -7,10 +7,10 @@ mod buffer;
 mod cpu;
 mod cuda;
 
-pub use buffer::Buffer;
+pub use buffer::{Buffer, HostBuffer};
 pub use cuda::ptx_images;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use buffer::Memory;
 use bytemuck::Pod;
 use cpu::CpuDevice;
@@ -36,6 +36,9 @@ pub struct Device(Kind);
 
 /// A sequence of launches with their arguments, recorded by [`Device::record`]: a CUDA graph.
 pub struct Recording(CudaGraph);
+
+/// A point in the work that was issued, to be waited for ([`Device::signal`]).
+pub struct Signal(Option<cust::event::Event>);
 
 #[derive(Clone)]
 enum Kind {
@@ -171,6 +174,45 @@ impl Device {
         let mut values = vec![T::zeroed(); buffer.len()];
         self.download(buffer, &mut values)?;
         Ok(values)
+    }
+
+    /// Room for `len` values in memory that kernels write to and the host reads, all bytes 0.
+    ///
+    /// # Errors
+    /// When the memory is not there.
+    pub fn alloc_host<T: Pod>(&self, len: usize) -> Result<HostBuffer<T>> {
+        let bytes = len.checked_mul(size_of::<T>()).context("a buffer too large to address")?;
+        let memory = match &self.0 {
+            Kind::Cuda(device) => Memory::Host(device.alloc_host(bytes)?),
+            Kind::Cpu(device) => {
+                let memory = device.alloc(bytes)?;
+                device.zero(memory.address(), bytes)?;
+                Memory::Cpu(memory)
+            }
+        };
+        Ok(HostBuffer::new(memory, len))
+    }
+
+    /// Marks what was issued so far, without waiting for it.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn signal(&self) -> Result<Signal> {
+        match &self.0 {
+            Kind::Cuda(device) => Ok(Signal(Some(device.signal()?))),
+            Kind::Cpu(_) => Ok(Signal(None)),
+        }
+    }
+
+    /// Waits for what was issued before the signal, and for nothing after it.
+    ///
+    /// # Errors
+    /// When a kernel before it failed.
+    pub fn wait(&self, signal: &Signal) -> Result<()> {
+        match (&self.0, &signal.0) {
+            (Kind::Cuda(device), Some(event)) => device.wait(event),
+            _ => Ok(()),
+        }
     }
 
     /// Waits for all work issued so far.

@@ -3,27 +3,49 @@
 use super::forward::{Buffers, forward};
 use super::trace::{Halt, Point, Probe};
 use super::{Model, weights};
-use crate::device::{Buffer, Recording};
+use crate::device::{Buffer, HostBuffer, Recording, Signal};
 use crate::ops::{self, KvLayer};
 use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
 use gpu_kernels::step::Step;
+use std::collections::VecDeque;
+
+/// Steps that the device can be ahead of the host.
+pub const MAX_AHEAD: usize = 16;
 
 /// Tokens in a KV cache, and the logits of the last one fed.
 pub struct Session<'m> {
     model: &'m Model,
-    /// The launches of a step without and with logits. Declared, and so dropped, before the buffers they use.
-    steps: [RecordedStep; 2],
+    /// The launches of each kind of step. Declared, and so dropped, before the buffers they use.
+    steps: [RecordedStep; 3],
     buffers: Buffers,
     caches: Vec<KvLayer>,
-    /// Where the device leaves the token that it chose, and how it is to choose.
+    /// Where [`greedy`](Self::greedy) leaves its token.
     next: Buffer<u32>,
+    /// How the device is to choose, and where it leaves the tokens that it chose: the one after position `p` in place
+    /// `p % MAX_AHEAD`.
     sampling: Buffer<SamplingParameters>,
+    chosen: HostBuffer<u32>,
+    /// Ends of the steps that are under way, oldest first.
+    ahead: VecDeque<Signal>,
+    /// Whether the step in device memory is the token that was chosen last, to be fed next.
+    has_chosen: bool,
     /// Tokens in the cache.
     position: usize,
     /// Whether the logits are those of the last token in the cache.
     has_logits: bool,
+}
+
+/// A kind of step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A token of a prompt, not the last one.
+    Prompt = 0,
+    /// With logits.
+    Logits = 1,
+    /// With logits, and the choice of the next token.
+    Choice = 2,
 }
 
 /// How far recording a step's launches has come.
@@ -44,11 +66,14 @@ impl<'m> Session<'m> {
         let caches = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
         Ok(Self {
             model,
-            steps: [RecordedStep::Fresh, RecordedStep::Fresh],
+            steps: [const { RecordedStep::Fresh }; 3],
             buffers: Buffers::alloc(device, config)?,
             caches,
             next: device.alloc_from(&[0u32])?,
             sampling: device.alloc_from(&[SamplingOptions::default().parameters()])?,
+            chosen: device.alloc_host(MAX_AHEAD)?,
+            ahead: VecDeque::new(),
+            has_chosen: false,
             position: 0,
             has_logits: false,
         })
@@ -64,6 +89,9 @@ impl<'m> Session<'m> {
         if len < self.position {
             self.position = len;
             self.has_logits = false;
+            self.has_chosen = false;
+            // Steps under way write to positions that count as free again, before anything that is issued later.
+            self.ahead.clear();
         }
     }
 
@@ -75,15 +103,9 @@ impl<'m> Session<'m> {
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
         for (i, &token) in tokens.iter().enumerate() {
-            let with_logits = i + 1 == tokens.len();
-            match self.run(token, with_logits, Probe::default()) {
-                Ok(()) => {
-                    self.position += 1;
-                    self.has_logits = with_logits;
-                }
-                Err(Halt::Error(error)) => return Err(error),
-                Err(Halt::At(_)) => unreachable!("no probe is set"),
-            }
+            let kind = if i + 1 == tokens.len() { Kind::Logits } else { Kind::Prompt };
+            self.place(token)?;
+            self.step(kind)?;
         }
         Ok(())
     }
@@ -97,7 +119,8 @@ impl<'m> Session<'m> {
         self.check(&[token])?;
         self.model.weights.layer(point.layer)?;
         self.has_logits = false;
-        match self.run(token, true, Probe { stop: Some(point) }) {
+        self.place(token)?;
+        match self.run(Kind::Logits, Probe { stop: Some(point) }) {
             Err(Halt::At(values)) => Ok(values),
             Err(Halt::Error(error)) => Err(error),
             Ok(()) => bail!(
@@ -143,16 +166,46 @@ impl<'m> Session<'m> {
     /// As [`logits`](Self::logits); also when no logit is a number above -inf.
     pub fn sample(&mut self) -> Result<u32> {
         ensure!(self.has_logits, "there are no logits: no token was fed");
+        self.ahead.clear();
         let device = &self.model.device;
         // Choosing advances the step.
         let step = Step { token: 0, position: self.position as u32 - 1 };
         device.upload(&mut self.buffers.step, &[step])?;
         let (logits, n_vocab) = (&self.buffers.logits, self.model.config.n_vocab);
-        ops::sample(device, logits, n_vocab, &self.sampling, &mut self.buffers.step, &mut self.next)?;
-        let mut token = [0];
-        device.download(&self.next, &mut token)?;
-        ensure!(token[0] != NO_TOKEN, "the model gave no usable logits: all are NaN or -inf");
-        Ok(token[0])
+        let (step, chosen) = (&mut self.buffers.step, self.chosen.as_buffer());
+        ops::sample(device, logits, n_vocab, &self.sampling, step, chosen, MAX_AHEAD)?;
+        self.has_chosen = true;
+        self.ahead.push_back(device.signal()?);
+        self.next_chosen()
+    }
+
+    /// Feeds the token that was chosen last and chooses the next one, without waiting: neither passes through the host.
+    /// [`next_chosen`](Self::next_chosen) gives the tokens in order; up to [`MAX_AHEAD`] can be outstanding.
+    ///
+    /// # Errors
+    /// When no token was chosen since something else was fed, the context has no room, as many as allowed are
+    /// outstanding, or the device fails.
+    pub fn advance(&mut self) -> Result<()> {
+        ensure!(self.has_chosen, "no token was chosen that could be fed");
+        ensure!(self.position < self.model.n_ctx, "the context of {} tokens is full", self.model.n_ctx);
+        ensure!(self.ahead.len() < MAX_AHEAD, "{MAX_AHEAD} steps are under way already");
+        self.step(Kind::Choice)?;
+        self.has_chosen = true;
+        self.ahead.push_back(self.model.device.signal()?);
+        Ok(())
+    }
+
+    /// Waits for the oldest outstanding token.
+    ///
+    /// # Errors
+    /// When there is none, no logit was a number above -inf, or the device failed.
+    pub fn next_chosen(&mut self) -> Result<u32> {
+        let position = self.position.checked_sub(self.ahead.len()).context("no token is outstanding")?;
+        let signal = self.ahead.pop_front().context("no token is outstanding")?;
+        self.model.device.wait(&signal)?;
+        let token = self.chosen.get(position % MAX_AHEAD);
+        ensure!(token != NO_TOKEN, "the model gave no usable logits: all are NaN or -inf");
+        Ok(token)
     }
 
     /// Whether `tokens` can be fed.
@@ -173,17 +226,44 @@ impl<'m> Session<'m> {
         Ok(())
     }
 
-    /// One token at the next position; whether it counts as fed is the caller's business.
-    fn run(&mut self, token: u32, with_logits: bool, probe: Probe) -> Result<(), Halt> {
-        let Model { device, settings, weights, .. } = self.model;
+    /// Makes a token the one to be fed next.
+    fn place(&mut self, token: u32) -> Result<()> {
+        self.ahead.clear();
+        self.has_chosen = false;
+        let step = Step { token, position: self.position as u32 };
+        self.model.device.upload(&mut self.buffers.step, &[step])
+    }
+
+    /// Feeds the token that the step in device memory holds.
+    fn step(&mut self, kind: Kind) -> Result<()> {
+        match self.run(kind, Probe::default()) {
+            Ok(()) => {
+                self.position += 1;
+                self.has_logits = kind != Kind::Prompt;
+                Ok(())
+            }
+            Err(Halt::Error(error)) => Err(error),
+            Err(Halt::At(_)) => unreachable!("no probe is set"),
+        }
+    }
+
+    /// One step; whether its token counts as fed is the caller's business.
+    fn run(&mut self, kind: Kind, probe: Probe) -> Result<(), Halt> {
+        let Model { device, config, settings, weights, .. } = self.model;
         let weights: &weights::Weights = weights;
         self.has_logits = false;
-        let step = Step { token, position: self.position as u32 };
-        device.upload(&mut self.buffers.step, &[step])?;
+        self.has_chosen = false;
 
-        let recorded = &mut self.steps[usize::from(with_logits)];
-        let (caches, buffers) = (&mut self.caches, &mut self.buffers);
-        let mut issue = || forward(device, weights, settings, caches, buffers, with_logits, probe);
+        let recorded = &mut self.steps[kind as usize];
+        let (caches, b) = (&mut self.caches, &mut self.buffers);
+        let (sampling, chosen) = (&self.sampling, self.chosen.as_buffer());
+        let mut issue = || {
+            forward(device, weights, settings, caches, b, kind != Kind::Prompt, probe)?;
+            if kind == Kind::Choice {
+                ops::sample(device, &b.logits, config.n_vocab, sampling, &mut b.step, chosen, MAX_AHEAD)?;
+            }
+            Ok::<(), Halt>(())
+        };
         match recorded {
             // A run that stops half-way waits for the device, and differs from the next one.
             _ if probe.stop.is_some() => issue()?,
@@ -204,5 +284,12 @@ impl<'m> Session<'m> {
             RecordedStep::Recorded(recording) => device.replay(recording)?,
         }
         Ok(())
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        // Steps may be under way that write to its memory. An error shows at the next use of the device.
+        let _ = self.model.device.synchronize();
     }
 }

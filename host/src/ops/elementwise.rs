@@ -117,7 +117,8 @@ pub fn argmax(device: &Device, x: &Buffer<f32>, index: &mut Buffer<u32>) -> Resu
     unsafe { device.launch(&argmax_kernel::ARGMAX, launch_1d(1, argmax_kernel::BLOCK_DIM)?, arguments) }
 }
 
-/// Chooses a token by its logit, `n_vocab` of them, into `chosen[0]`, and makes it the step's at the next position.
+/// Chooses a token by its logit, `n_vocab` of them, into one of `n_places` places of `chosen`, number `position %
+/// n_places`, and makes it the step's at the next position.
 ///
 /// Where no logit is a number above -inf it chooses [`NO_TOKEN`](sample_kernel::NO_TOKEN), and the step's token is 0.
 ///
@@ -131,7 +132,9 @@ pub fn sample(
     parameters: &Buffer<SamplingParameters>,
     step: &mut Buffer<Step>,
     chosen: &mut Buffer<u32>,
+    n_places: usize,
 ) -> Result<()> {
+    ensure!(n_places > 0, "sample: there is no place for what is chosen");
     ensure!(
         (1..=sample_kernel::MAX_VOCAB).contains(&n_vocab),
         "sample: a vocabulary of {n_vocab} tokens, 1 to {} are possible",
@@ -140,9 +143,15 @@ pub fn sample(
     at_least("sample", "logits", logits, n_vocab)?;
     at_least("sample", "parameters", parameters, 1)?;
     at_least("sample", "step", step, 1)?;
-    at_least("sample", "chosen", chosen, 1)?;
-    let arguments =
-        (logits.as_ptr(), dim(n_vocab)?, parameters.as_ptr(), step.as_mut_ptr(), chosen.as_mut_ptr());
+    at_least("sample", "chosen", chosen, n_places)?;
+    let arguments = (
+        logits.as_ptr(),
+        dim(n_vocab)?,
+        parameters.as_ptr(),
+        step.as_mut_ptr(),
+        chosen.as_mut_ptr(),
+        dim(n_places)?,
+    );
     // SAFETY: the lengths are checked.
     unsafe { device.launch(&sample_kernel::SAMPLE, launch_1d(1, sample_kernel::BLOCK_DIM)?, arguments) }
 }
