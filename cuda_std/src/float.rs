@@ -84,6 +84,28 @@ pub fn sqrt(x: f32) -> f32 {
     }
 }
 
+/// `a / b`, off by at most two units in the last place on a GPU; 0 there where `|b|` is above 2^126.
+#[inline(always)]
+pub fn div_approx(a: f32, b: f32) -> f32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let result: f32;
+            // SAFETY: arithmetic alone.
+            unsafe {
+                core::arch::asm!(
+                    "div.approx.f32 {result}, {a}, {b};",
+                    result = out(reg32) result,
+                    a = in(reg32) a,
+                    b = in(reg32) b,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            result
+        }
+        _ => a / b,
+    }
+}
+
 /// `1 / sqrt(x)`.
 #[inline(always)]
 pub fn rsqrt(x: f32) -> f32 {

@@ -56,3 +56,33 @@ loads! {
     ld_global_u32, u32, "ld.global.u32 {a}, [{pointer}];", [a], reg32, "Reads 4 bytes, coherently.";
     ld_global_u16, u16, "ld.global.u16 {a}, [{pointer}];", [a], reg16, "Reads 2 bytes, coherently.";
 }
+
+/// Writes 16 bytes.
+///
+/// # Safety
+/// `pointer` is to writable device memory, at a multiple of 16.
+#[inline(always)]
+pub unsafe fn st_global_u32x4(pointer: *mut [u32; 4], value: [u32; 4]) {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let [a, b, c, d] = value;
+            // SAFETY: the caller vouches for the memory.
+            unsafe {
+                core::arch::asm!(
+                    "st.global.v4.u32 [{pointer}], {{{a}, {b}, {c}, {d}}};",
+                    pointer = in(reg64) pointer,
+                    a = in(reg32) a,
+                    b = in(reg32) b,
+                    c = in(reg32) c,
+                    d = in(reg32) d,
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+        _ => {
+            debug_assert!(pointer.addr().is_multiple_of(size_of::<[u32; 4]>()), "misaligned store");
+            // SAFETY: the caller vouches for the memory.
+            unsafe { pointer.write(value) }
+        }
+    }
+}

@@ -9,7 +9,7 @@
 
 use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
 use bytemuck::{Pod, Zeroable};
-use cuda_std::float::{abs, max, mul_add, round_ties_even};
+use cuda_std::float::{abs, div_approx, max, mul_add, round_ties_even};
 use cuda_std::shared::DynamicShared;
 use cuda_std::warp::{FULL_MASK, warp_reduce_max};
 
@@ -44,7 +44,8 @@ pub struct Quantized {
 pub fn quantize(values: [f32; VALUES_PER_THREAD]) -> Quantized {
     let amax = values.iter().fold(0.0, |amax, &value| max(amax, abs(value)));
     let amax = warp_reduce_max(FULL_MASK, amax, LANES_PER_BLOCK);
-    let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
+    // Blocks of less than any number that matters are 0.
+    let inverse = if amax > 1e-36 { div_approx(127.0, amax) } else { 0.0 };
     let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
     Quantized { word: q0 | q1 << 8 | q2 << 16 | q3 << 24, d: amax * (1.0 / 127.0) }
 }

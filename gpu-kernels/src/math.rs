@@ -1,12 +1,12 @@
 //! Scalar functions that several kernels share.
 
 use core::f64::consts::FRAC_PI_2;
-use cuda_std::float::exp;
+use cuda_std::float::{div_approx, exp};
 
 /// `x * sigmoid(x)`, the SiLU activation.
 #[inline(always)]
 pub fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
+    div_approx(x, 1.0 + exp(-x))
 }
 
 /// Sine and cosine of an angle in radians, to about one unit in the last place of f32 for angles below 2^20.

@@ -7,6 +7,7 @@ use crate::math::silu;
 use crate::rope::rotate;
 use crate::step::Step;
 use cuda_std::float::f32_to_f16;
+use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use half::f16;
 
 /// What finishes a quad.
@@ -28,58 +29,109 @@ pub trait Epilogue: Copy {
     unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: Self::Prepared);
 }
 
-/// What `y` gets besides the product.
-#[repr(u32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Addend {
-    /// Nothing: `y = W x`.
-    None = 0,
-    /// A bias: `y = W x + b`.
-    Bias = 1,
-    /// The residual: `y += W x`.
-    Residual = 2,
-}
-
-/// Stores the product, added to something or not.
+/// Stores the product: `y = W x`, rows in natural order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Store {
-    /// `[n_rows]`.
+    /// `[n_rows]`, at a multiple of 16 bytes.
     pub y: *mut f32,
-    /// `[n_rows]`, for [`Addend::Bias`].
-    pub bias: *const f32,
-    /// An [`Addend`].
-    pub addend: u32,
+}
+
+/// Writes the rows of a quad that exist.
+///
+/// # Safety
+/// `y` must have `n_rows` values, at a multiple of 16 bytes.
+#[inline(always)]
+unsafe fn store(y: *mut f32, quad: Quad, n_rows: u32, values: [f32; TILE_ROWS]) {
+    let first = quad.number * TILE_ROWS as u32;
+    // SAFETY: the rows are the matrix's.
+    unsafe {
+        let y = y.add(first as usize);
+        if first + TILE_ROWS as u32 <= n_rows {
+            st_global_u32x4(y.cast(), values.map(f32::to_bits));
+        } else {
+            let [v0, v1, v2, _] = values;
+            *y = v0;
+            if first + 1 < n_rows {
+                *y.add(1) = v1;
+            }
+            if first + 2 < n_rows {
+                *y.add(2) = v2;
+            }
+        }
+    }
 }
 
 impl Epilogue for Store {
+    type Prepared = ();
+
+    #[inline(always)]
+    unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
+
+    #[inline(always)]
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
+        // SAFETY: the caller's promise.
+        unsafe { store(self.y, quad, matrix.n_rows, sums) }
+    }
+}
+
+/// Adds the product: `y += W x`, rows in natural order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Add {
+    /// `[n_rows]`, at a multiple of 16 bytes and readable up to one.
+    pub y: *mut f32,
+}
+
+impl Epilogue for Add {
     type Prepared = [f32; TILE_ROWS];
 
     #[inline(always)]
-    unsafe fn prepare(&self, quad: Quad, matrix: MatrixRef) -> [f32; TILE_ROWS] {
-        let from = match self.addend {
-            0 => return [0.0; TILE_ROWS],
-            1 => self.bias,
-            _ => self.y.cast_const(),
-        };
-        [0, 1, 2, 3].map(|i| {
-            let place = quad.number as usize * TILE_ROWS + i;
-            // SAFETY: the row is one of the matrix's.
-            if place < matrix.n_rows as usize {
-                unsafe { *from.add(matrix.order.row_at(place)) }
-            } else {
-                0.0
-            }
-        })
+    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> [f32; TILE_ROWS] {
+        // SAFETY: the quad starts inside `y`.
+        unsafe { ld_global_u32x4(self.y.add(quad.number as usize * TILE_ROWS).cast()).map(f32::from_bits) }
     }
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], addend: [f32; TILE_ROWS]) {
+    unsafe fn finish(
+        &self,
+        quad: Quad,
+        matrix: MatrixRef,
+        [s0, s1, s2, s3]: [f32; TILE_ROWS],
+        [y0, y1, y2, y3]: [f32; TILE_ROWS],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { store(self.y, quad, matrix.n_rows, [y0 + s0, y1 + s1, y2 + s2, y3 + s3]) }
+    }
+}
+
+/// Stores the product, with a bias or not, of rows in any order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct StoreOrdered {
+    /// `[n_rows]`.
+    pub y: *mut f32,
+    /// `[n_rows]`, or null.
+    pub bias: *const f32,
+}
+
+impl Epilogue for StoreOrdered {
+    type Prepared = ();
+
+    #[inline(always)]
+    unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
+
+    #[inline(always)]
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
         for i in 0..TILE_ROWS {
             let place = quad.number as usize * TILE_ROWS + i;
             if place < matrix.n_rows as usize {
+                let row = matrix.order.row_at(place);
                 // SAFETY: the row is one of the matrix's.
-                unsafe { *self.y.add(matrix.order.row_at(place)) = addend[i] + sums[i] };
+                unsafe {
+                    let bias = if self.bias.is_null() { 0.0 } else { *self.bias.add(row) };
+                    *self.y.add(row) = sums[i] + bias;
+                }
             }
         }
     }
@@ -133,10 +185,14 @@ pub struct Qkv {
     pub step: *const Step,
     /// Values in a head, a multiple of 4.
     pub head_dim: u32,
+    /// `2^32 / head_dim`, rounded up ([`Qkv::reciprocal`]).
+    pub per_head_dim: u32,
     /// Positions in the cache.
     pub n_ctx: u32,
     /// Values of a head that are rotated, even.
     pub n_rot: u32,
+    /// How far apart the values of a pair are: 1, or half of what is rotated.
+    pub pair_distance: u32,
 }
 
 /// What a quad of queries, keys or values needs besides the products.
@@ -148,55 +204,93 @@ pub struct QkvPrepared {
     position: u32,
 }
 
+/// A quad's head, where in it the quad stands, and its rows.
+struct Rows {
+    head: u32,
+    place: u32,
+    rows: [u32; TILE_ROWS],
+}
+
+impl Qkv {
+    /// What a number is multiplied with to be divided by `head_dim`: exact below 2^32 / head_dim (Granlund and
+    /// Montgomery, 1994).
+    pub const fn reciprocal(head_dim: u32) -> u32 {
+        ((1u64 << 32) / head_dim as u64 + 1) as u32
+    }
+
+    /// The rows of a quad of part `part`, as the order of its matrix has them.
+    #[inline(always)]
+    fn rows(&self, quad: Quad) -> Rows {
+        let first = quad.number * TILE_ROWS as u32;
+        let head = ((u64::from(first) * u64::from(self.per_head_dim)) >> 32) as u32;
+        let place = first - head * self.head_dim;
+        // Pairs stand side by side: of the second pair of the quad either value is one further than of the first.
+        let paired = self.pair_distance > 1 && quad.part < 2;
+        let row = |i: u32| {
+            if paired && place + (i & 2) < self.n_rot {
+                first - place + place / 2 + i / 2 + i % 2 * self.pair_distance
+            } else {
+                first + i
+            }
+        };
+        Rows { head, place, rows: [row(0), row(1), row(2), row(3)] }
+    }
+}
+
 impl Epilogue for Qkv {
     type Prepared = QkvPrepared;
 
     #[inline(always)]
-    unsafe fn prepare(&self, quad: Quad, matrix: MatrixRef) -> QkvPrepared {
-        let first = quad.number as usize * TILE_ROWS;
+    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> QkvPrepared {
         let bias = match quad.part {
             0 => self.bias[0],
             1 => self.bias[1],
             _ => self.bias[2],
         };
+        let Rows { place, rows, .. } = self.rows(quad);
         // SAFETY: the rows are the matrix's, since heads are whole quads; the pair is one that is rotated.
         unsafe {
             let bias = if bias.is_null() {
                 [0.0; TILE_ROWS]
             } else {
-                [0, 1, 2, 3].map(|i| *bias.add(matrix.order.row_at(first + i)))
+                [
+                    *bias.add(rows[0] as usize),
+                    *bias.add(rows[1] as usize),
+                    *bias.add(rows[2] as usize),
+                    *bias.add(rows[3] as usize),
+                ]
             };
-            let rotation = [0, 1].map(|pair| {
-                let in_head = first % self.head_dim as usize + 2 * pair;
-                if quad.part < 2 && in_head < self.n_rot as usize {
-                    *self.rotation.add(in_head / 2)
-                } else {
-                    [1.0, 0.0]
-                }
-            });
-            QkvPrepared { bias, rotation, position: (*self.step).position }
+            let rotation = |pair: u32| {
+                let in_head = place + 2 * pair;
+                let is_rotated = quad.part < 2 && in_head < self.n_rot;
+                if is_rotated { *self.rotation.add(in_head as usize / 2) } else { [1.0, 0.0] }
+            };
+            QkvPrepared { bias, rotation: [rotation(0), rotation(1)], position: (*self.step).position }
         }
     }
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: QkvPrepared) {
-        let (first, head_dim) = (quad.number as usize * TILE_ROWS, self.head_dim as usize);
+    unsafe fn finish(&self, quad: Quad, _matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: QkvPrepared) {
         let QkvPrepared { bias, rotation: [pair0, pair1], position } = prepared;
-        let [a0, b0, a1, b1] = [0, 1, 2, 3].map(|i| sums[i] + bias[i]);
-        let ([a0, b0], [a1, b1]) = (rotate([a0, b0], pair0), rotate([a1, b1], pair1));
-        let values = [a0, b0, a1, b1];
-        // The head's start in the cache, for this position.
-        let head = (first / head_dim * self.n_ctx as usize + position as usize) * head_dim;
-        for i in 0..TILE_ROWS {
-            let row = matrix.order.row_at(first + i);
-            // SAFETY: the row is one of the matrix's, the position is inside the cache, and the element is this
-            // thread's own.
-            unsafe {
-                match quad.part {
-                    0 => *self.q.add(row) = values[i],
-                    1 => *self.k_cache.add(head + row % head_dim) = f16::from_bits(f32_to_f16(values[i])),
-                    _ => *self.v_cache.add(head + row % head_dim) = f16::from_bits(f32_to_f16(values[i])),
-                }
+        let Rows { head, rows: [r0, r1, r2, r3], .. } = self.rows(quad);
+        let [a0, b0] = rotate([sums[0] + bias[0], sums[1] + bias[1]], pair0);
+        let [a1, b1] = rotate([sums[2] + bias[2], sums[3] + bias[3]], pair1);
+        // SAFETY: the rows are the matrix's, the position is inside the cache, and the elements are this thread's own.
+        unsafe {
+            if quad.part == 0 {
+                *self.q.add(r0 as usize) = a0;
+                *self.q.add(r1 as usize) = b0;
+                *self.q.add(r2 as usize) = a1;
+                *self.q.add(r3 as usize) = b1;
+            } else {
+                let cache = if quad.part == 1 { self.k_cache } else { self.v_cache };
+                // In the cache a head's positions lie between it and the next head.
+                let skipped = (u64::from(head) * u64::from(self.n_ctx - 1) + u64::from(position)) as usize;
+                let cache = cache.add(skipped * self.head_dim as usize);
+                *cache.add(r0 as usize) = f16::from_bits(f32_to_f16(a0));
+                *cache.add(r1 as usize) = f16::from_bits(f32_to_f16(b0));
+                *cache.add(r2 as usize) = f16::from_bits(f32_to_f16(a1));
+                *cache.add(r3 as usize) = f16::from_bits(f32_to_f16(b1));
             }
         }
     }

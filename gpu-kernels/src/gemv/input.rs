@@ -13,7 +13,7 @@ use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add};
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Input {
-    /// `[n]`, at a multiple of 16 bytes; null where the vector is in Q8_1.
+    /// `[n]`, at a multiple of 16 bytes and readable up to one; null where the vector is in Q8_1.
     pub values: *const f32,
     /// `[n]` likewise, the factors of RMSNorm; null where nothing is normalised.
     pub gamma: *const f32,
@@ -23,6 +23,8 @@ pub struct Input {
     pub scales: *const Q8_1Scale,
     /// The number of values.
     pub n: u32,
+    /// `1 / n`.
+    pub per_n: f32,
     /// What RMSNorm adds to the mean square.
     pub eps: f32,
 }
@@ -57,78 +59,92 @@ impl Input {
         first_unit: u32,
         n_units: u32,
     ) -> f32 {
-        let (first_word, n_units) = (first_unit as usize * UNIT_WORDS, n_units as usize);
-        let n_words = n_units * UNIT_WORDS;
-        let (thread, block_dim) = (thread_idx_x() as usize, block_dim_x() as usize);
+        let (thread, block_dim) = (thread_idx_x(), block_dim_x());
+        let (first_word, n_words) = (first_unit * UNIT_WORDS as u32, n_units * UNIT_WORDS as u32);
         if self.values.is_null() {
-            for word in (thread..n_words).step_by(block_dim) {
+            let mut word = thread;
+            while word < n_words {
                 // SAFETY: the word and its block are inside the vector.
                 let quantized = unsafe {
-                    let scale = *self.scales.add((first_word + word) / UNIT_WORDS);
-                    Quantized { word: *self.quants.add(first_word + word), d: scale.d }
+                    let scale = *self.scales.add(((first_word + word) / UNIT_WORDS as u32) as usize);
+                    Quantized { word: *self.quants.add((first_word + word) as usize), d: scale.d }
                 };
-                Q8_1::store_quantized(memory, n_units, word, quantized);
+                Q8_1::store_quantized(memory, n_units as usize, word as usize, quantized);
+                word += block_dim;
             }
             return 0.0;
         }
+        let n_units = n_units as usize;
 
-        let mut square_sum = 0.0;
         // Warps stay whole: the lanes of a unit quantize it together.
-        let mut warp_word = thread / WARP_SIZE as usize * WARP_SIZE as usize;
-        let lane = thread % WARP_SIZE as usize;
-        while warp_word < n_words {
-            let first = first_word + warp_word + lane;
-            // What a thread works on in four rounds is on its way at once.
-            let fetch = |from: *const f32| {
-                [0, 1, 2, 3].map(|i| {
-                    let wanted = warp_word + i * block_dim < n_words;
-                    // SAFETY: the vector is as the fields say.
-                    unsafe { fetch(from, self.n as usize, first + i * block_dim, wanted) }
-                })
-            };
-            let mut values = fetch(self.values);
-            if self.is_normalised() {
-                let gamma = fetch(self.gamma);
-                for i in 0..4 {
-                    for j in 0..VALUES_PER_THREAD {
-                        square_sum = mul_add(values[i][j], values[i][j], square_sum);
-                        values[i][j] *= gamma[i][j];
-                    }
-                }
+        let warp_word = thread / WARP_SIZE * WARP_SIZE;
+        let first = first_word + thread;
+        let mut square_sum = 0.0;
+        if n_words <= block_dim {
+            // A short vector: a word for each thread, and little code.
+            if warp_word < n_words {
+                // SAFETY: the vector is as the fields say.
+                let (values, squares) = unsafe { self.fetch(first) };
+                square_sum = squares;
+                X::store(memory, n_units, thread as usize, values);
             }
-            let [x0, x1, x2, x3] = values;
-            let store = |i: usize, values| {
-                let word = warp_word + i * block_dim;
-                if word < n_words {
-                    X::store(memory, n_units, word + lane, values);
+            return square_sum;
+        }
+        let mut round = 0;
+        while round < n_words {
+            // What a thread works on in four rounds is on its way at once.
+            let fetch = |i: u32| {
+                let word = round + i * block_dim;
+                // SAFETY: the vector is as the fields say.
+                if warp_word + word < n_words { unsafe { self.fetch(first + word) } } else { ([0.0; 4], 0.0) }
+            };
+            let (f0, f1, f2, f3) = (fetch(0), fetch(1), fetch(2), fetch(3));
+            let store = |i: u32, values| {
+                let word = round + i * block_dim;
+                if warp_word + word < n_words {
+                    X::store(memory, n_units, (word + thread) as usize, values);
                 }
             };
-            store(0, x0);
-            store(1, x1);
-            store(2, x2);
-            store(3, x3);
-            warp_word += 4 * block_dim;
+            store(0, f0.0);
+            store(1, f1.0);
+            store(2, f2.0);
+            store(3, f3.0);
+            square_sum += (f0.1 + f1.1) + (f2.1 + f3.1);
+            round += 4 * block_dim;
         }
         square_sum
     }
-}
 
-/// Values `4 * word` and on of `n`; zeros beyond, and where nothing is `wanted`.
-///
-/// # Safety
-/// `from` must have `n` values.
-#[inline(always)]
-unsafe fn fetch(from: *const f32, n: usize, word: usize, wanted: bool) -> [f32; VALUES_PER_THREAD] {
-    let first = VALUES_PER_THREAD * word;
-    // SAFETY: only what lies below `n` is read.
-    unsafe {
-        if wanted && first + VALUES_PER_THREAD <= n {
-            ld_global_u32x4(from.add(first).cast()).map(f32::from_bits)
-        } else if wanted && first < n {
-            core::array::from_fn(|i| if first + i < n { *from.add(first + i) } else { 0.0 })
-        } else {
-            [0.0; VALUES_PER_THREAD]
+    /// Values `4 * word` and on, with their factors where they are normalised, zeros beyond the vector's end; and the
+    /// sum of their squares.
+    ///
+    /// # Safety
+    /// As [`load`](Self::load).
+    #[inline(always)]
+    unsafe fn fetch(&self, word: u32) -> ([f32; VALUES_PER_THREAD], f32) {
+        let first = VALUES_PER_THREAD as u32 * word;
+        if first >= self.n {
+            return ([0.0; VALUES_PER_THREAD], 0.0);
         }
+        let is_normalised = self.is_normalised();
+        // SAFETY: the values start inside the vector, whose memory is a multiple of 16 bytes long.
+        let (mut x, gamma) = unsafe {
+            let x = ld_global_u32x4(self.values.add(first as usize).cast()).map(f32::from_bits);
+            let gamma =
+                if is_normalised { ld_global_u32x4(self.gamma.add(first as usize).cast()) } else { [0; 4] };
+            (x, gamma.map(f32::from_bits))
+        };
+        if first + VALUES_PER_THREAD as u32 > self.n {
+            let rest = self.n - first;
+            x = [x[0], if rest > 1 { x[1] } else { 0.0 }, if rest > 2 { x[2] } else { 0.0 }, 0.0];
+        }
+        if !is_normalised {
+            return (x, 0.0);
+        }
+        let squares = mul_add(x[0], x[0], x[1] * x[1]) + mul_add(x[2], x[2], x[3] * x[3]);
+        // What lies beyond the end of gamma may be anything.
+        let scaled = [0, 1, 2, 3].map(|i| if first + (i as u32) < self.n { x[i] * gamma[i] } else { 0.0 });
+        (scaled, squares)
     }
 }
 

@@ -16,13 +16,15 @@ use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, WeightFormat};
 use crate::rows::RowOrder;
 use core::marker::PhantomData;
-use cuda_std::float::rsqrt;
+use cuda_std::float::{mul_add, rsqrt};
 use cuda_std::grid::{let_next_start, wait_for_previous};
+#[cfg(not(target_arch = "nvptx64"))]
+use cuda_std::launch::Kernel;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
-use epilogue::{Epilogue, Qkv, Store, Swiglu};
+use epilogue::{Add, Epilogue, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
 use stream::{Deal, Share, Stream};
 
@@ -66,7 +68,7 @@ pub struct Schedule {
     pub blocks_with_more: u32,
     /// Tiles of a quad whose part of the vector fits into shared memory at once.
     pub slab_tiles: u32,
-    /// Tiles that a warp has in shared memory or on their way: 2 to [`stream::MAX_STAGES`].
+    /// Tiles that a warp has in shared memory or on their way: one of [`stream::STAGES`].
     pub stages: u32,
     /// Words of shared memory for a tile.
     pub stage_words: u32,
@@ -107,10 +109,10 @@ macro_rules! kernel_args {
         unsafe impl cuda_std::launch::KernelArg for $Type {}
     )*};
 }
-kernel_args!(MatrixRef, Schedule, Input, Store, Swiglu, Qkv);
+kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 
 /// How the products of a tile are made.
-trait Dots {
+pub trait Dots {
     /// The products of the tile's four rows with the vector's unit of this lane.
     fn dots<X: Activations>(
         format: u32,
@@ -122,7 +124,7 @@ trait Dots {
 }
 
 /// Of tiles that all have one format.
-struct One<F>(PhantomData<F>);
+pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
     #[inline(always)]
@@ -138,7 +140,7 @@ impl<F: WeightFormat> Dots for One<F> {
 }
 
 /// Of tiles whose format may change from one to the next; it is the same for all lanes of the warp.
-struct Any;
+pub struct Any;
 
 impl Dots for Any {
     #[inline(always)]
@@ -149,16 +151,33 @@ impl Dots for Any {
         unit: usize,
         x: &X::Unit,
     ) -> [f32; 4] {
-        macro_rules! dispatch {
-            ($(($Type:ident, $name:ident))*) => {
-                match format {
-                    $(f if f == Format::$Type as u32 =>
-                        One::<crate::formats::$Type>::dots::<X>(format, tile, n_units, unit, x),)*
-                    _ => [0.0; TILE_ROWS],
-                }
-            };
+        // Row by row, in a loop that the compiler cannot unroll since it does not know where it ends: all formats in
+        // one kernel are much code as it is.
+        let n_rows = if n_units <= TILE_UNITS { TILE_ROWS } else { 0 };
+        let mut sums = [0.0; TILE_ROWS];
+        let mut row = 0;
+        while row < n_rows {
+            let place = Place { n_units, row, unit };
+            macro_rules! dispatch {
+                ($(($Type:ident, $name:ident))*) => {
+                    match format {
+                        $(f if f == Format::$Type as u32 =>
+                            X::dot(&<crate::formats::$Type>::unpack(tile, place), x),)*
+                        _ => 0.0,
+                    }
+                };
+            }
+            let sum = crate::for_each_format!(dispatch);
+            let [s0, s1, s2, s3] = sums;
+            sums = [
+                if row == 0 { sum } else { s0 },
+                if row == 1 { sum } else { s1 },
+                if row == 2 { sum } else { s2 },
+                if row == 3 { sum } else { s3 },
+            ];
+            row += 1;
         }
-        crate::for_each_format!(dispatch)
+        sums
     }
 }
 
@@ -185,15 +204,15 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
         let unit = ((tile - slab) * TILE_UNITS as u32 + lane).min(slab_units - 1);
         X::load(memory, slab_units as usize, unit as usize)
     };
-    let first = slab + share.first_tile;
+    let (first, end) = (slab + share.first_tile, share.slab_end(slab));
     let mut loaded = first;
     let mut x = load(first);
-    let mut turn = share.first_turn;
+    let (mut turn, mut tile) = (share.first_turn, first);
+    let mut sums = [0.0f32; TILE_ROWS];
     while turn < share.turns {
-        let format = if N > 1 { deal.matrix(deal.quad(turn).part).format } else { 0 };
-        let mut sums = [0.0f32; TILE_ROWS];
-        let mut tile = first;
-        while tile < share.slab_end(slab) {
+        let has_tile = tile < end;
+        if has_tile {
+            let format = deal.matrix(deal.quad(turn).part).format;
             let source = stream.next();
             let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
             if loaded != tile {
@@ -204,30 +223,30 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
                 let [s0, s1, s2, s3] = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x);
                 sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
             }
-            tile += share.tile_stride;
-            if tile < share.slab_end(slab) {
-                // All lanes have read the tile: its place is free.
-                sync_warp(FULL_MASK);
-                // SAFETY: the matrices are as they say.
-                unsafe { stream.refill() };
-            }
         }
+        tile += share.tile_stride;
         // All lanes meet here after their last read of the tile: its place is free.
-        let mut sum = warp_reduce_add_4(sums);
-        if lane.is_multiple_of(8) {
-            // A turn's sums lie side by side, those of each warp of the group.
-            let warp_of_turn = turn * share.tile_stride + share.first_tile;
-            let at = (sums_at + warp_of_turn * TILE_ROWS as u32 + lane / 8) as usize;
-            if slab > 0 {
-                sum += f32::from_bits(memory.get(at));
+        if tile < end {
+            sync_warp(FULL_MASK);
+        } else {
+            let mut sum = warp_reduce_add_4(sums);
+            if lane.is_multiple_of(8) {
+                // A turn's sums lie side by side, those of each warp of the group.
+                let warp_of_turn = turn * share.tile_stride + share.first_tile;
+                let at = (sums_at + warp_of_turn * TILE_ROWS as u32 + lane / 8) as usize;
+                if slab > 0 {
+                    sum += f32::from_bits(memory.get(at));
+                }
+                memory.set(at, sum.to_bits());
             }
-            memory.set(at, sum.to_bits());
+            sums = [0.0; TILE_ROWS];
+            tile = first;
+            turn += share.n_groups;
         }
-        if first < share.slab_end(slab) {
+        if has_tile {
             // SAFETY: the matrices are as they say.
             unsafe { stream.refill() };
         }
-        turn += share.n_groups;
     }
 }
 
@@ -237,7 +256,7 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
 /// The matrices are as their fields say, all of `input.n` columns; the input and the epilogue keep their contracts;
 /// the launch has the shared memory that [`Schedule::shared_words`] gives, and `schedule` is of the launch's grid.
 #[inline(always)]
-unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
+unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     matrices: [MatrixRef; N],
     input: Input,
     schedule: Schedule,
@@ -292,27 +311,8 @@ unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
         }
         sync_threads();
 
-        macro_rules! dispatch {
-            ($(($Type:ident, $name:ident))*) => {
-                match matrices[0].format {
-                    $(f if f == Format::$Type as u32 =>
-                        // SAFETY: the caller's promise.
-                        unsafe {
-                            multiply::<X, One<crate::formats::$Type>, N>(
-                                &mut stream, deal, share, memory, sums_at, slab, n_units,
-                            );
-                        })*
-                    _ => {}
-                }
-            };
-        }
-        if N == 1 {
-            // The loop exists once per format: what one of them needs does not take up registers in another.
-            crate::for_each_format!(dispatch)
-        } else {
-            // SAFETY: the caller's promise.
-            unsafe { multiply::<X, Any, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
-        }
+        // SAFETY: the caller's promise.
+        unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
         slab += share.slab_tiles;
     }
     sync_threads();
@@ -328,7 +328,7 @@ unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
             sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
         }
         if input.is_normalised() {
-            let factor = rsqrt(input::load_squares(memory, squares) / input.n as f32 + input.eps);
+            let factor = rsqrt(mul_add(input::load_squares(memory, squares), input.per_n, input.eps));
             sums = sums.map(|sum| sum * factor);
         }
         // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
@@ -341,66 +341,83 @@ unsafe fn run<X: Activations, E: Epilogue, const N: usize>(
 }
 
 macro_rules! define_kernels {
-    ($(($Type:ident, $name:ident))*) => {$(
-        #[doc = concat!("The kernels on ", stringify!($Type), " activations.")]
-        pub mod $name {
+    ($(#[$doc:meta])* $module:ident, $X:ident, $D:ty) => {
+        $(#[$doc])*
+        pub mod $module {
             use super::*;
 
-            /// `y = W x`, `y = W x + b` or `y += W x`, `x` normalised first where the input says so.
+            /// `y = W x`, `x` normalised first where the input says so.
             ///
             /// # Safety
-            /// The matrix, the input and the output are as their fields say, in device memory; the launch has the
-            /// shared memory that [`Schedule::shared_words`] gives, and the schedule is of the launch's grid.
+            /// The matrix, the input and the output are as their fields say, in device memory, and the matrix has the
+            /// module's format and its rows in natural order; the launch has the shared memory that
+            /// [`Schedule::shared_words`] gives, and the schedule is of the launch's grid.
             ///
             /// # Parameters
             /// - `matrix`: `[n_rows, input.n]`
             /// - `input`: the vector
             /// - `schedule`: how the work is dealt out
-            /// - `output`: `y` and what is added
+            /// - `output`: `y`
             ///
             /// # Thread mapping
-            /// Block `b` of `n` takes quads `b`, `b + n`, ...; groups of `warps_per_quad` warps take one at a time, a
-            /// warp every `warps_per_quad`-th tile, a lane one unit of four rows.
-            #[kernel(suffix = $name, overlapping, launch_bounds(256, 2))]
+            /// Block `b` of `n` takes quads `b`, `b + n`, ...; groups of warps take one at a time, a warp every so many
+            /// tiles, a lane one unit of four rows; one thread finishes a quad.
+            #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
             pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$Type, _, 1>([matrix], input, schedule, output) }
+                unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
             }
 
-            /// `y = silu(G x) * (U x)`: the first half of the feed-forward network.
+            /// `y += W x`.
             ///
             /// # Safety
             /// As [`gemv`].
             ///
             /// # Parameters
-            /// - `matrix`: `[2 * n_ff, input.n]`, `G` above `U`, in [`Order::Halves`](crate::rows::Order::Halves)
+            /// As [`gemv`].
+            ///
+            /// # Thread mapping
+            /// As [`gemv`].
+            #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+            pub unsafe fn gemv_add(matrix: MatrixRef, input: Input, schedule: Schedule, output: Add) {
+                // SAFETY: the caller keeps the contract above, which is the one asked for.
+                unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
+            }
+
+            /// `y = silu(G x) * (U x)`: the first half of the feed-forward network.
+            ///
+            /// # Safety
+            /// As [`gemv`], with the rows in [`Order::Halves`](crate::rows::Order::Halves).
+            ///
+            /// # Parameters
+            /// - `matrix`: `[2 * n_ff, input.n]`, `G` above `U`
             /// - `input`, `schedule`: as for [`gemv`]
             /// - `output`: `y`
             ///
             /// # Thread mapping
             /// As [`gemv`].
-            #[kernel(suffix = $name, overlapping, launch_bounds(256, 2))]
+            #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
             pub unsafe fn gemv_swiglu(matrix: MatrixRef, input: Input, schedule: Schedule, output: Swiglu) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$Type, _, 1>([matrix], input, schedule, output) }
+                unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
             }
 
             /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended
             /// to the cache.
             ///
             /// # Safety
-            /// As [`gemv`], for the three matrices; the step's position is below the cache's `n_ctx`.
+            /// As [`gemv`], for the three matrices, `q` and `k` in an order that has the two values of a rotated pair
+            /// side by side; the step's position is below the cache's `n_ctx`.
             ///
             /// # Parameters
             /// - `q`: `[n_head * head_dim, input.n]`
-            /// - `k`, `v`: `[n_head_kv * head_dim, input.n]`; `q` and `k` in an order that has the two values of a
-            ///   rotated pair side by side
+            /// - `k`, `v`: `[n_head_kv * head_dim, input.n]`
             /// - `input`, `schedule`: as for [`gemv`]
             /// - `output`: the queries, the cache, bias and rotation
             ///
             /// # Thread mapping
             /// As [`gemv`].
-            #[kernel(suffix = $name, overlapping, launch_bounds(256, 2))]
+            #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
             pub unsafe fn gemv_qkv(
                 q: MatrixRef,
                 k: MatrixRef,
@@ -410,12 +427,85 @@ macro_rules! define_kernels {
                 output: Qkv,
             ) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$Type, _, 3>([q, k, v], input, schedule, output) }
+                unsafe { run::<$X, $D, _, 3>([q, k, v], input, schedule, output) }
+            }
+
+            /// The module's kernels.
+            #[cfg(not(target_arch = "nvptx64"))]
+            pub const KERNELS: Kernels = Kernels {
+                gemv: &GEMV,
+                gemv_add: &GEMV_ADD,
+                gemv_swiglu: &GEMV_SWIGLU,
+                gemv_qkv: &GEMV_QKV,
+            };
+        }
+    };
+}
+// The code of one format alone stays in the instruction caches from kernel to kernel.
+define_kernels! { /// Q8_1 activations, Q8_0 weights.
+q8_0, Q8_1, One<crate::formats::Q8_0> }
+define_kernels! { /// Q8_1 activations, Q4_1 weights.
+q4_1, Q8_1, One<crate::formats::Q4_1> }
+define_kernels! { /// Q8_1 activations, Q4_K weights.
+q4_k, Q8_1, One<crate::formats::Q4_K> }
+define_kernels! { /// Q8_1 activations, Q6_K weights.
+q6_k, Q8_1, One<crate::formats::Q6_K> }
+define_kernels! { /// Q8_1 activations, weights of any format, not the same for all matrices.
+mixed, Q8_1, Any }
+define_kernels! { /// f32 activations, weights of any format.
+exact, F32Vector, Any }
+
+macro_rules! define_ordered {
+    ($(($suffix:ident, $X:ident))*) => {$(
+        #[doc = concat!("`y = W x` or `y = W x + b` on ", stringify!($X), " activations, rows in any order.")]
+        pub mod $suffix {
+            use super::*;
+
+            /// `y = W x` or `y = W x + b`, rows in any order, weights of any format.
+            ///
+            /// # Safety
+            /// As [`q4_k::gemv`], with rows in the order that the matrix names.
+            ///
+            /// # Parameters
+            /// As [`q4_k::gemv`]; `output`: `y` and the bias.
+            ///
+            /// # Thread mapping
+            /// As [`q4_k::gemv`].
+            #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 2))]
+            pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: StoreOrdered) {
+                // SAFETY: the caller keeps the contract above, which is the one asked for.
+                unsafe { run::<$X, Any, _, 1>([matrix], input, schedule, output) }
             }
         }
     )*};
 }
-define_kernels! {
-    (Q8_1, q8_1)
-    (F32Vector, f32)
+define_ordered! {
+    (ordered, Q8_1)
+    (ordered_exact, F32Vector)
+}
+
+/// The kernels for one kind of activations and weights.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    /// `gemv`.
+    pub gemv: &'static Kernel<(MatrixRef, Input, Schedule, Store)>,
+    /// `gemv_add`.
+    pub gemv_add: &'static Kernel<(MatrixRef, Input, Schedule, Add)>,
+    /// `gemv_swiglu`.
+    pub gemv_swiglu: &'static Kernel<(MatrixRef, Input, Schedule, Swiglu)>,
+    /// `gemv_qkv`.
+    pub gemv_qkv: &'static Kernel<(MatrixRef, MatrixRef, MatrixRef, Input, Schedule, Qkv)>,
+}
+
+/// The kernels for Q8_1 activations and weights of one format, or of several.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn kernels(format: Option<Format>) -> Kernels {
+    match format {
+        Some(Format::Q8_0) => q8_0::KERNELS,
+        Some(Format::Q4_1) => q4_1::KERNELS,
+        Some(Format::Q4_K) => q4_k::KERNELS,
+        Some(Format::Q6_K) => q6_k::KERNELS,
+        Some(Format::F16 | Format::F32) | None => mixed::KERNELS,
+    }
 }

@@ -9,8 +9,8 @@ use cuda_std::thread::{block_idx_x, grid_dim_x};
 use cuda_std::warp::{FULL_MASK, sync_warp};
 use cuda_std::warp::{WARP_SIZE, lane_id};
 
-/// Most tiles that a warp has in its ring.
-pub const MAX_STAGES: u32 = 8;
+/// How many tiles a warp can have in its ring, most first.
+pub const STAGES: [u32; 3] = [8, 4, 2];
 
 /// The matrices of a launch, one below the other, and how its quads are dealt out to the blocks: in turns, block `b`
 /// of `n` has quad `b + n * turn`.
@@ -206,11 +206,7 @@ impl<const N: usize> Stream<N> {
         // How many groups may be pending is part of the instruction.
         match self.stages {
             2 => wait_copies::<1>(),
-            3 => wait_copies::<2>(),
             4 => wait_copies::<3>(),
-            5 => wait_copies::<4>(),
-            6 => wait_copies::<5>(),
-            7 => wait_copies::<6>(),
             _ => wait_copies::<7>(),
         }
         // Each lane has waited for its own pieces. On the emulator they came when the copy was started, and the warp

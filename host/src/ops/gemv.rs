@@ -3,14 +3,14 @@
 use super::{Input, KvLayer, Matrix, Norm, Rope, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
-use cuda_std::launch::LaunchConfig;
+use cuda_std::launch::{Kernel, LaunchConfig};
 use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::TILE_UNITS;
-use gpu_kernels::gemv::epilogue::{Addend, Qkv, Store, Swiglu};
+use gpu_kernels::gemv::epilogue::{Add, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
-use gpu_kernels::gemv::stream::MAX_STAGES;
-use gpu_kernels::gemv::{self as kernels, MAX_WARPS, Schedule};
+use gpu_kernels::gemv::stream::STAGES;
+use gpu_kernels::gemv::{self as kernels, Kernels, MAX_WARPS, MatrixRef, Schedule};
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
@@ -32,23 +32,49 @@ pub enum Output<'a> {
 /// # Errors
 /// When `x` has not `weights.n_cols()` values, another buffer is too short, or the launch fails.
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
-    let (y, bias, addend) = match output {
-        Output::Set(y) => (y, None, Addend::None),
-        Output::SetBiased(y, bias) => (y, Some(bias), Addend::Bias),
-        Output::Add(y) => (y, None, Addend::Residual),
-    };
     let input = input("gemv", weights, x, norm)?;
-    at_least("gemv", "y", y, weights.n_rows())?;
-    if let Some(bias) = bias {
-        at_least("gemv", "bias", bias, weights.n_rows())?;
+    let (schedule, config) = schedule(device, &[weights], x.is_exact())?;
+    let kernels = kernels(&[weights], x);
+    let matrix = weights.as_ref()?;
+    let is_natural = weights.order() == RowOrder::NATURAL;
+    let check = |y: &Buffer<f32>| at_least("gemv", "y", y, weights.n_rows());
+    // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
+    match output {
+        Output::Set(y) if is_natural => unsafe {
+            check(y)?;
+            device.launch(kernels.gemv, config, (matrix, input, schedule, Store { y: y.as_mut_ptr() }))
+        },
+        Output::Add(y) => unsafe {
+            check(y)?;
+            ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
+            device.launch(kernels.gemv_add, config, (matrix, input, schedule, Add { y: y.as_mut_ptr() }))
+        },
+        Output::Set(y) => unsafe {
+            check(y)?;
+            let store = StoreOrdered { y: y.as_mut_ptr(), bias: ptr::null() };
+            device.launch(ordered(x), config, (matrix, input, schedule, store))
+        },
+        Output::SetBiased(y, bias) => unsafe {
+            check(y)?;
+            at_least("gemv", "bias", bias, weights.n_rows())?;
+            let store = StoreOrdered { y: y.as_mut_ptr(), bias: bias.as_ptr() };
+            device.launch(ordered(x), config, (matrix, input, schedule, store))
+        },
     }
-    let store =
-        Store { y: y.as_mut_ptr(), bias: bias.map_or(ptr::null(), |b| b.as_ptr()), addend: addend as u32 };
-    let is_exact = matches!(x, Input::F32(_));
-    let (schedule, config) = schedule(device, &[weights], is_exact)?;
-    let kernel = if is_exact { &kernels::f32::GEMV } else { &kernels::q8_1::GEMV };
-    // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
-    unsafe { device.launch(kernel, config, (weights.as_ref()?, input, schedule, store)) }
+}
+
+/// The kernels for an input and matrices.
+fn kernels(matrices: &[&Matrix], x: Input) -> Kernels {
+    if x.is_exact() {
+        return kernels::exact::KERNELS;
+    }
+    let format = matrices[0].format();
+    kernels::kernels(matrices.iter().all(|matrix| matrix.format() == format).then_some(format))
+}
+
+/// The kernel for rows in any order.
+fn ordered(x: Input) -> &'static Kernel<(MatrixRef, KernelInput, Schedule, StoreOrdered)> {
+    if x.is_exact() { &kernels::ordered_exact::GEMV } else { &kernels::ordered::GEMV }
 }
 
 /// `y = silu(G x) * (U x)` of a matrix that has `G` above `U`, in [`Order::Halves`]; `x` is normalised first where there
@@ -70,9 +96,8 @@ pub fn gemv_swiglu(
     );
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
-    let is_exact = matches!(x, Input::F32(_));
-    let (schedule, config) = schedule(device, &[gate_up], is_exact)?;
-    let kernel = if is_exact { &kernels::f32::GEMV_SWIGLU } else { &kernels::q8_1::GEMV_SWIGLU };
+    let (schedule, config) = schedule(device, &[gate_up], x.is_exact())?;
+    let kernel = kernels(&[gate_up], x).gemv_swiglu;
     let output = Swiglu { y: y.as_mut_ptr() };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
     unsafe { device.launch(kernel, config, (gate_up.as_ref()?, input, schedule, output)) }
@@ -152,10 +177,14 @@ pub fn gemv_qkv(
         head_dim: dim(head_dim)?,
         n_ctx: dim(cache.n_ctx)?,
         n_rot: dim(n_rot)?,
+        per_head_dim: Qkv::reciprocal(dim(head_dim)?),
+        pair_distance: match rope.layout {
+            RopeLayout::Interleaved => 1,
+            RopeLayout::HalfSplit => dim(n_rot / 2)?,
+        },
     };
-    let is_exact = matches!(x, Input::F32(_));
-    let (schedule, config) = schedule(device, &weights.matrices, is_exact)?;
-    let kernel = if is_exact { &kernels::f32::GEMV_QKV } else { &kernels::q8_1::GEMV_QKV };
+    let (schedule, config) = schedule(device, &weights.matrices, x.is_exact())?;
+    let kernel = kernels(&weights.matrices, x).gemv_qkv;
     let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
     // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.
     unsafe { device.launch(kernel, config, arguments) }
@@ -176,6 +205,7 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
         quants: ptr::null(),
         scales: ptr::null(),
         n: dim(x.len())?,
+        per_n: 1.0 / x.len() as f32,
         eps: 0.0,
     };
     match x {
@@ -222,8 +252,8 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
     let fit = |n_warps: usize, slab_tiles: usize, room: usize| {
         let vector = slab_tiles * TILE_UNITS * unit_words * 4;
         let left = room.checked_sub(vector + SUMS_BYTES + 1024)?;
-        let stages = (left / (n_warps * stage_bytes)).min(MAX_STAGES as usize);
-        (stages >= 2).then_some((n_warps, slab_tiles, stages))
+        let stages = STAGES.into_iter().find(|&stages| left >= n_warps * stage_bytes * stages as usize)?;
+        Some((n_warps, slab_tiles, stages))
     };
     let choices = [(most_warps, n_tiles, half), (most_warps, n_tiles, whole)];
     let fewer = (1..n_tiles.ilog2() + 1).map(|i| n_tiles.div_ceil(1 << i));
@@ -253,7 +283,7 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
         turns: dim(n_quads / n_blocks)?,
         blocks_with_more: dim(n_quads % n_blocks)?,
         slab_tiles: dim(slab_tiles)?,
-        stages: dim(stages)?,
+        stages,
         stage_words: dim(stage_bytes / 4)?,
     };
     let mut config = launch_1d(n_blocks, 32 * n_warps)?;

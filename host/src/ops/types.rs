@@ -50,6 +50,10 @@ pub enum Input<'a> {
 }
 
 impl Input<'_> {
+    pub(super) fn is_exact(&self) -> bool {
+        matches!(self, Input::F32(_))
+    }
+
     pub(super) fn len(&self) -> usize {
         match self {
             Input::F32(values) | Input::Quantized(values) => values.len(),
