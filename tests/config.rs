@@ -164,14 +164,14 @@ fn values_that_do_not_fit_are_refused() {
     check("llama.attention.head_count", 3u32, "needed a divisor of the embedding length 64, found 3");
     check(
         "llama.attention.head_count",
-        4u32,
-        "needed a head length that is a multiple of 32, at most 256, found 16",
+        8u32,
+        "needed a head length that is a multiple of 16, at most 256, found 8",
     );
     check("llama.attention.head_count_kv", 4u32, "needed a divisor of the 2 query heads, found 4");
     check(
         "llama.attention.key_length",
         288u32,
-        "needed a head length that is a multiple of 32, at most 256, found 288",
+        "needed a head length that is a multiple of 16, at most 256, found 288",
     );
     check("llama.attention.key_length", 0u32, "needed a head length");
     check("llama.attention.value_length", 64u32, "needed the length of a key, 32, found 64");

@@ -92,12 +92,12 @@ fn kernels_assemble_without_spills() {
 fn integer_kernels_use_dp4a() {
     for (version, text) in ptx_images() {
         for format in ["q8_0", "q4_1", "q4_k", "q6_k"] {
-            let name = format!(".entry gemv_q8_1_{format}(");
-            let body = text.split(&name).nth(1).unwrap_or_else(|| panic!("no kernel gemv_q8_1_{format}"));
+            let name = format!(".entry gemv_{format}(");
+            let body = text.split(&name).nth(1).unwrap_or_else(|| panic!("no kernel gemv_{format}"));
             let body = body.split(".visible .entry").next().unwrap();
             let count = body.matches("dp4a.s32.s32").count();
-            assert!(count >= 8, "sm_{version}: gemv_q8_1_{format} has {count} dp4a instructions");
-            assert!(!body.contains(".local"), "sm_{version}: gemv_q8_1_{format} uses local memory");
+            assert!(count >= 8, "sm_{version}: gemv_{format} has {count} dp4a instructions");
+            assert!(!body.contains(".local"), "sm_{version}: gemv_{format} uses local memory");
         }
     }
 }

@@ -1,148 +1,372 @@
-//! Attention of one query token over the KV cache.
+//! Attention of one query token over the KV cache, split along the context.
+//!
+//! A block takes one key-value head, up to four of the query heads that share it, and a range of positions; each key
+//! and value is read once for all of these heads. Softmax is kept online (Milakov and Gimelshein, 2018): whoever has
+//! looked at some positions holds their largest score, the sum of their weights relative to it, and the weighted sum
+//! of values, and two such parts combine into one of both. Where several blocks share a context, each leaves its part
+//! in device memory, and the last one to come combines them (flash-decoding: Dao et al., 2023): none waits.
 
 use crate::step::Step;
-use cuda_std::float::{exp, f16_to_f32, max};
-use cuda_std::memory::ld_global_u32x4;
-use cuda_std::thread::{block_idx_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, sync_warp, warp_reduce_add, warp_reduce_max};
+use core::f32::consts::LOG2_E;
+use cuda_std::atomic::{atomic_add_u32, thread_fence};
+use cuda_std::float::{exp2, f16_to_f32, max, mul_add};
+use cuda_std::grid::{let_next_start, wait_for_previous};
+use cuda_std::memory::{ld_global_u32, ld_global_u32x4};
+use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_add_n, warp_reduce_max};
 use cuda_std::{kernel, shared_array};
 use half::f16;
 
-/// Warps in a block; each takes every `WARPS`-th tile of positions.
+/// Warps in a block.
 pub const WARPS: usize = 8;
 /// Threads in a block.
 pub const BLOCK_DIM: usize = WARPS * WARP_SIZE as usize;
-/// Positions in a tile: one per lane.
-pub const TILE: usize = WARP_SIZE as usize;
-/// The largest head size, and the number whose multiples are head sizes.
+/// The largest head size.
 pub const MAX_HEAD_DIM: usize = 256;
 /// Head sizes are multiples of this.
-pub const HEAD_DIM_STEP: usize = 32;
+pub const HEAD_DIM_STEP: usize = 16;
+/// Most query heads that a block takes.
+pub const MAX_HEADS: usize = 4;
+/// Positions that are worth a block of their own: fewer blocks than there could be share a shorter context.
+pub const SPLIT_POSITIONS: u32 = 128;
 
-/// Dimensions that a lane accumulates: every 32nd.
-const DIMS_PER_LANE: usize = MAX_HEAD_DIM / HEAD_DIM_STEP;
-/// f16 values in a 16-byte load.
-const F16_PER_LOAD: usize = 8;
+/// Dimensions that a lane holds: 16 bytes of f16.
+const DIMS: usize = 8;
+/// Fewest lanes that share a position.
+const MIN_LANES: usize = 8;
+/// Most parts that a block combines: groups of lanes in all its warps.
+const MAX_PARTS: usize = WARPS * WARP_SIZE as usize / MIN_LANES;
+/// What no score is below; finite, so that differences are numbers.
+const LOWEST: f32 = -1e30;
 
-/// `out[h] = softmax(scale * q[h] K^T) V` over positions `0..=step.position`, in one pass over the cache.
-///
-/// Softmax is kept online (Milakov and Gimelshein, 2018): each warp holds the running maximum, the running sum and
-/// the weighted values relative to that maximum; the warps' parts are merged at the end.
+/// What an attention launch works on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Arguments {
+    /// Queries, `[n_head, head_dim]`.
+    pub q: *const f32,
+    /// Keys, `[n_head_kv, n_ctx, head_dim]`, at a multiple of 16 bytes.
+    pub k_cache: *const f16,
+    /// Values, likewise.
+    pub v_cache: *const f16,
+    /// The result, `[n_head, head_dim]`.
+    pub out: *mut f32,
+    /// Holds the position.
+    pub step: *const Step,
+    /// The blocks' results: `[n_splits, n_head, head_dim]`.
+    pub split_values: *mut f32,
+    /// Their largest scores (times log2 e) and sums of weights: `[n_splits, n_head, 2]`.
+    pub split_sums: *mut f32,
+    /// How many blocks of a row of the grid have ended: one per row, 0 between launches.
+    pub n_ended: *mut u32,
+    /// Query heads.
+    pub n_head: u32,
+    /// Query heads that share a key-value head.
+    pub heads_per_kv: u32,
+    /// Blocks that the heads of a key-value head are dealt out to.
+    pub blocks_per_kv: u32,
+    /// Values in a head, a multiple of 16, at most 256.
+    pub head_dim: u32,
+    /// Lanes that share a position: the power of two from `head_dim / 8` on, at least 8.
+    pub lanes: u32,
+    /// Positions in the cache.
+    pub n_ctx: u32,
+    /// Most blocks that share a context.
+    pub n_splits: u32,
+    /// The factor of the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+// SAFETY: pointers and numbers in C's layout, alike on both sides.
+unsafe impl cuda_std::launch::KernelArg for Arguments {}
+
+/// Eight f16 values.
+#[inline(always)]
+fn widen(words: [u32; 4]) -> [f32; DIMS] {
+    let half = |i: usize| f16_to_f32((words[i / 2] >> (16 * (i % 2))) as u16);
+    [half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7)]
+}
+
+/// Attention of `HEADS` query heads over a block's positions.
 ///
 /// # Safety
-/// The pointers are to device memory of the sizes below, the caches 16-byte aligned and written at positions
-/// `0..=step.position`; `step.position < n_ctx`.
-///
-/// # Parameters
-/// - `q`, `out`: `[n_head, head_dim]`, head_dim a multiple of 32, at most 256
-/// - `k_cache`, `v_cache`: `[n_head / heads_per_kv, n_ctx, head_dim]`
-/// - `heads_per_kv`: query heads that share a key-value head (GQA)
-/// - `scale`: usually `1 / sqrt(head_dim)`
-///
-/// # Thread mapping
-/// One block of [`BLOCK_DIM`] threads per query head. For scores a lane is a position, for values a lane holds
-/// every 32nd dimension. Bytes moved: 4 per position and dimension of each key-value head.
-#[kernel]
-pub unsafe fn attention(
-    q: *const f32,
-    k_cache: *const f16,
-    v_cache: *const f16,
-    out: *mut f32,
-    step: *const Step,
-    heads_per_kv: u32,
-    head_dim: u32,
-    n_ctx: u32,
-    scale: f32,
-) {
-    let query = shared_array!(ATTENTION_QUERY: [f32; MAX_HEAD_DIM]);
-    let weights = shared_array!(ATTENTION_WEIGHTS: [f32; BLOCK_DIM]);
-    let warp_max = shared_array!(ATTENTION_MAX: [f32; WARPS]);
-    let warp_sum = shared_array!(ATTENTION_SUM: [f32; WARPS]);
-    let warp_values = shared_array!(ATTENTION_VALUES: [f32; WARPS * MAX_HEAD_DIM]);
+/// The arguments are as their fields say; the cache is written at positions `0..=step.position`, which is below `n_ctx`.
+#[inline(always)]
+unsafe fn attend<const HEADS: usize>(a: Arguments) {
+    // Of each part: the values of all heads, and their largest scores and sums.
+    let part_values = shared_array!(ATTENTION_VALUES: [f32; WARPS * MAX_HEADS * MAX_HEAD_DIM]);
+    let part_max = shared_array!(ATTENTION_MAX: [f32; MAX_PARTS * MAX_HEADS]);
+    let part_sum = shared_array!(ATTENTION_SUM: [f32; MAX_PARTS * MAX_HEADS]);
+    // Of each head: largest score and sum over all parts. And whether this block is the last.
+    let total = shared_array!(ATTENTION_TOTAL: [f32; 2 * MAX_HEADS]);
+    let is_last = shared_array!(ATTENTION_LAST: [u32; 1]);
 
-    let (thread, head) = (thread_idx_x() as usize, block_idx_x() as usize);
-    let (warp, lane) = (thread / WARP_SIZE as usize, thread % WARP_SIZE as usize);
-    let (head_dim, n_ctx) = (head_dim as usize, n_ctx as usize);
-    let kv_head = head / heads_per_kv as usize;
-    // SAFETY: the head is one of the query's, kv_head one of the cache's; the position is set.
-    let (length, k_head, v_head) = unsafe {
-        if thread < head_dim {
-            query.set(thread, *q.add(head * head_dim + thread) * scale);
+    let (thread, split, row) = (thread_idx_x(), block_idx_x(), block_idx_y());
+    let (warp, lane) = (thread / WARP_SIZE, thread % WARP_SIZE);
+    let (kv_head, block_of_head) = (row / a.blocks_per_kv, row % a.blocks_per_kv);
+    let first_head = kv_head * a.heads_per_kv + block_of_head * HEADS as u32;
+    let n_heads = (a.heads_per_kv - block_of_head * HEADS as u32).min(HEADS as u32);
+    // A group of lanes takes a position, a lane eight of its dimensions.
+    let per_warp = WARP_SIZE / a.lanes;
+    let (group, first_dim) = (warp * per_warp + lane / a.lanes, lane % a.lanes * DIMS as u32);
+    let has_dims = first_dim < a.head_dim;
+
+    wait_for_previous();
+    let_next_start();
+
+    // SAFETY: the caller vouches for the step.
+    let length = unsafe { (*a.step).position } + 1;
+    let n_active = length.div_ceil(SPLIT_POSITIONS).min(a.n_splits);
+    if split >= n_active {
+        return;
+    }
+    let per_split = length.div_ceil(n_active);
+    let (start, end) = (split * per_split, (split * per_split + per_split).min(length));
+
+    // Weights are powers of 2: the scores' factor turns e^x into 2^x.
+    let factor = a.scale * LOG2_E;
+    let query = |head: u32| -> [f32; DIMS] {
+        if has_dims && head < n_heads {
+            // SAFETY: the head is one of the query's, the dimensions are inside it.
+            unsafe {
+                let q = a.q.add(((first_head + head) * a.head_dim + first_dim) as usize);
+                let [q0, q1, q2, q3] = ld_global_u32x4(q.cast()).map(|bits| f32::from_bits(bits) * factor);
+                let [q4, q5, q6, q7] =
+                    ld_global_u32x4(q.add(4).cast()).map(|bits| f32::from_bits(bits) * factor);
+                [q0, q1, q2, q3, q4, q5, q6, q7]
+            }
+        } else {
+            [0.0; DIMS]
         }
-        let offset = kv_head * n_ctx * head_dim;
-        ((*step).position as usize + 1, k_cache.add(offset), v_cache.add(offset))
     };
-    sync_threads();
+    let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
+    // SAFETY: the head is one of the cache's.
+    let (keys, values) = unsafe {
+        let offset = (kv_head as usize * a.n_ctx as usize) * a.head_dim as usize + first_dim as usize;
+        (a.k_cache.add(offset), a.v_cache.add(offset))
+    };
+    let load = |from: *const f16, position: u32| -> [u32; 4] {
+        if position < end && has_dims {
+            // SAFETY: the position is written, and rows are multiples of 32 bytes long.
+            unsafe { ld_global_u32x4(from.add(position as usize * a.head_dim as usize).cast()) }
+        } else {
+            [0; 4]
+        }
+    };
 
-    let mut running_max = f32::NEG_INFINITY;
-    let mut running_sum = 0.0;
-    let mut values = [0.0f32; DIMS_PER_LANE];
-    let mut tile = warp * TILE;
-    while tile < length {
-        let position = tile + lane;
-        let mut score = f32::NEG_INFINITY;
-        if position < length {
-            score = 0.0;
-            for d in (0..head_dim).step_by(F16_PER_LOAD) {
-                // SAFETY: the position is written, d + 8 <= head_dim, and rows are multiples of 64 bytes long.
-                let words = unsafe { ld_global_u32x4(k_head.add(position * head_dim + d).cast()) };
-                let (low, high) = (query.get4(d), query.get4(d + 4));
-                let q = [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]];
-                for (i, &word) in words.iter().enumerate() {
-                    score +=
-                        q[2 * i] * f16_to_f32(word as u16) + q[2 * i + 1] * f16_to_f32((word >> 16) as u16);
-                }
+    let mut largest = [LOWEST; HEADS];
+    let mut sum = [0.0f32; HEADS];
+    let mut value = [[0.0f32; DIMS]; HEADS];
+    let stride = WARPS as u32 * per_warp;
+    let mut position = start + group;
+    // The same for all lanes of a warp: those of later groups may have no position.
+    while position - lane / a.lanes < end {
+        let (near, far) = (position, position + stride);
+        let (k0, k1) = (load(keys, near), load(keys, far));
+        let (v0, v1) = (load(values, near), load(values, far));
+        let (k0, k1) = (widen(k0), widen(k1));
+        let mut scores = [[0.0f32; 2]; HEADS];
+        for head in 0..HEADS {
+            for d in 0..DIMS {
+                scores[head][0] = mul_add(q[head][d], k0[d], scores[head][0]);
+                scores[head][1] = mul_add(q[head][d], k1[d], scores[head][1]);
             }
         }
-        let new_max = max(running_max, warp_reduce_max(FULL_MASK, score, WARP_SIZE));
-        let correction = exp(running_max - new_max);
-        let weight = exp(score - new_max);
-        // This lane's part of the sum only: the lanes are added up once, at the end.
-        running_sum = running_sum * correction + weight;
-        running_max = new_max;
-        weights.set(thread, weight);
-        sync_warp(FULL_MASK);
-
-        for value in &mut values {
-            *value *= correction;
-        }
-        let n_positions = TILE.min(length - tile);
-        for j in 0..n_positions {
-            let weight = weights.get(warp * TILE + j);
-            for (i, value) in values.iter_mut().enumerate() {
-                let d = i * HEAD_DIM_STEP + lane;
-                if d < head_dim {
-                    // SAFETY: position tile + j is written and d is inside the head.
-                    let v = unsafe { *v_head.add((tile + j) * head_dim + d) };
-                    *value += weight * f16_to_f32(v.to_bits());
-                }
+        // One meeting of the lanes for all scores.
+        let scores = reduce(scores, a.lanes);
+        let (v0, v1) = (widen(v0), widen(v1));
+        for head in 0..HEADS {
+            let s0 = if near < end { scores[head][0] } else { f32::NEG_INFINITY };
+            let s1 = if far < end { scores[head][1] } else { f32::NEG_INFINITY };
+            let new = max(largest[head], max(s0, s1));
+            let (w0, w1, correction) = (exp2(s0 - new), exp2(s1 - new), exp2(largest[head] - new));
+            largest[head] = new;
+            sum[head] = mul_add(sum[head], correction, w0 + w1);
+            for d in 0..DIMS {
+                value[head][d] = mul_add(w0, v0[d], mul_add(w1, v1[d], value[head][d] * correction));
             }
         }
-        // The weights are written again in the next round.
-        sync_warp(FULL_MASK);
-        tile += WARPS * TILE;
+        position += 2 * stride;
     }
 
-    let sum = warp_reduce_add(FULL_MASK, running_sum, WARP_SIZE);
-    if lane == 0 {
-        warp_max.set(warp, running_max);
-        warp_sum.set(warp, sum);
-    }
-    for (i, &value) in values.iter().enumerate() {
-        warp_values.set(warp * MAX_HEAD_DIM + i * HEAD_DIM_STEP + lane, value);
+    let head_values = |part: u32, head: u32| ((part * HEADS as u32 + head) * a.head_dim) as usize;
+    for head in 0..HEADS {
+        if has_dims {
+            let at = head_values(group, head as u32) + first_dim as usize;
+            let [x0, x1, x2, x3, x4, x5, x6, x7] = value[head];
+            part_values.set4(at, [x0, x1, x2, x3]);
+            part_values.set4(at + 4, [x4, x5, x6, x7]);
+        }
+        if first_dim == 0 {
+            part_max.set(group as usize * HEADS + head, largest[head]);
+            part_sum.set(group as usize * HEADS + head, sum[head]);
+        }
     }
     sync_threads();
 
-    if thread < head_dim {
-        let total_max = (0..WARPS).fold(f32::NEG_INFINITY, |m, w| max(m, warp_max.get(w)));
-        let (mut total, mut value) = (0.0, 0.0);
-        for w in 0..WARPS {
-            // A warp that met no position has maximum -inf, so its part counts nothing.
-            let share = exp(warp_max.get(w) - total_max);
-            total += share * warp_sum.get(w);
-            value += share * warp_values.get(w * MAX_HEAD_DIM + thread);
+    // A warp combines the parts' scores of one head, a lane one part: what is left of each part's weight.
+    let n_parts = stride;
+    if warp < n_heads {
+        let at = (lane as usize % n_parts as usize) * HEADS + warp as usize;
+        let largest = if lane < n_parts { part_max.get(at) } else { LOWEST };
+        let total_max = warp_reduce_max(FULL_MASK, largest, WARP_SIZE);
+        let share = exp2(largest - total_max);
+        let weight = if lane < n_parts { share * part_sum.get(at) } else { 0.0 };
+        let total_sum = warp_reduce_add(FULL_MASK, weight, WARP_SIZE);
+        if lane < n_parts {
+            part_sum.set(at, share / total_sum);
         }
-        // SAFETY: the element is this thread's own.
-        unsafe { *out.add(head * head_dim + thread) = value / total };
+        if lane == 0 {
+            total.set(2 * warp as usize, total_max);
+            total.set(2 * warp as usize + 1, total_sum);
+        }
     }
+    sync_threads();
+
+    let n_values = n_heads * a.head_dim;
+    let (to, offset) = if n_active == 1 {
+        (a.out, first_head * a.head_dim)
+    } else {
+        (a.split_values, (split * a.n_head + first_head) * a.head_dim)
+    };
+    let mut i = thread;
+    while i < n_values {
+        let (head, d) = (i / a.head_dim, i % a.head_dim);
+        let mut result = 0.0;
+        for part in 0..n_parts {
+            let share = part_sum.get((part * HEADS as u32 + head) as usize);
+            result = mul_add(share, part_values.get(head_values(part, head) + d as usize), result);
+        }
+        // SAFETY: the element is inside the output, and this thread's own.
+        unsafe { *to.add((offset + i) as usize) = result };
+        i += BLOCK_DIM as u32;
+    }
+    if n_active == 1 {
+        return;
+    }
+    if thread < 2 * n_heads {
+        // SAFETY: as above.
+        unsafe {
+            *a.split_sums.add((2 * (split * a.n_head + first_head) + thread) as usize) =
+                total.get(thread as usize)
+        };
+    }
+
+    // The last block of the row has everything that the others wrote, and they are not waited for.
+    thread_fence();
+    sync_threads();
+    if thread == 0 {
+        // SAFETY: the row's counter.
+        let before = unsafe { atomic_add_u32(a.n_ended.add(row as usize), 1) };
+        is_last.set(0, u32::from(before + 1 == n_active));
+    }
+    sync_threads();
+    if is_last.get(0) == 0 {
+        return;
+    }
+    thread_fence();
+    let mut i = thread;
+    while i < n_values {
+        let head = first_head + i / a.head_dim;
+        let (mut largest, mut sum, mut value) = (LOWEST, 0.0, 0.0);
+        for split in 0..n_active {
+            let at = split * a.n_head + head;
+            // SAFETY: what the row's blocks have written.
+            let (split_max, split_sum, split_value) = unsafe {
+                let sums = a.split_sums.add(2 * at as usize);
+                let value = a.split_values.add((at * a.head_dim + i % a.head_dim) as usize);
+                let read = |from: *const f32| f32::from_bits(ld_global_u32(from.cast()));
+                (read(sums), read(sums.add(1)), read(value))
+            };
+            let new = max(largest, split_max);
+            let (correction, share) = (exp2(largest - new), exp2(split_max - new) * split_sum);
+            largest = new;
+            sum = mul_add(sum, correction, share);
+            value = mul_add(value, correction, share * split_value);
+        }
+        // SAFETY: the element is inside the output, and this thread's own.
+        unsafe { *a.out.add((first_head * a.head_dim + i) as usize) = value / sum };
+        i += BLOCK_DIM as u32;
+    }
+    if thread == 0 {
+        // SAFETY: the row's counter, which no other block uses any more.
+        unsafe { *a.n_ended.add(row as usize) = 0 };
+    }
+}
+
+/// Sums over groups of `lanes` lanes.
+#[inline(always)]
+fn reduce<const HEADS: usize>(scores: [[f32; 2]; HEADS], lanes: u32) -> [[f32; 2]; HEADS] {
+    // As one list, of a length that is known for each number of heads.
+    let mut list = [0.0f32; 2 * MAX_HEADS];
+    for head in 0..HEADS {
+        list[2 * head] = scores[head][0];
+        list[2 * head + 1] = scores[head][1];
+    }
+    let [s0, s1, s2, s3, s4, s5, s6, s7] = list;
+    let list = match HEADS {
+        1 => {
+            let [s0, s1] = warp_reduce_add_n(FULL_MASK, [s0, s1], lanes);
+            [s0, s1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+        }
+        2 => {
+            let [s0, s1, s2, s3] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3], lanes);
+            [s0, s1, s2, s3, 0.0, 0.0, 0.0, 0.0]
+        }
+        3 => {
+            let [s0, s1, s2, s3, s4, s5] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3, s4, s5], lanes);
+            [s0, s1, s2, s3, s4, s5, 0.0, 0.0]
+        }
+        _ => warp_reduce_add_n(FULL_MASK, list, lanes),
+    };
+    let _ = (s6, s7);
+    core::array::from_fn(|head| [list[2 * head], list[2 * head + 1]])
+}
+
+macro_rules! define_kernels {
+    ($(($heads:literal, $suffix:ident))*) => {$(
+        #[doc = concat!("Blocks of ", stringify!($heads), " query heads.")]
+        pub mod $suffix {
+            use super::*;
+
+            /// `out[h] = softmax(scale * q[h] K^T) V` over positions `0..=step.position`.
+            ///
+            /// # Safety
+            /// The arguments are as their fields say, in device memory; the caches are written at positions
+            /// `0..=step.position`, and `step.position < n_ctx`.
+            ///
+            /// # Parameters
+            /// - `arguments`: queries, cache, result and workspace
+            ///
+            /// # Thread mapping
+            /// Blocks of [`BLOCK_DIM`] threads, grid `n_splits` by `n_head_kv * blocks_per_kv`: a row of the grid is a
+            /// key-value head and some of its query heads; the row's first blocks share the context, as many as it is
+            /// worth, the others end at once. Bytes moved: 4 per position and dimension of each key-value head.
+            #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 2))]
+            pub unsafe fn attention(arguments: Arguments) {
+                // SAFETY: the caller keeps the contract above, which is the one asked for.
+                unsafe { attend::<$heads>(arguments) }
+            }
+        }
+    )*
+
+        /// The kernel for blocks of `heads` query heads.
+        ///
+        /// # Panics
+        /// When there is none: `heads` is not from 1 to [`MAX_HEADS`].
+        #[cfg(not(target_arch = "nvptx64"))]
+        pub fn kernel_for(heads: usize) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
+            match heads {
+                $($heads => &$suffix::ATTENTION,)*
+                _ => panic!("no attention kernel for {heads} heads"),
+            }
+        }
+    };
+}
+define_kernels! {
+    (1, h1)
+    (2, h2)
+    (3, h3)
+    (4, h4)
 }

@@ -21,6 +21,7 @@ pub mod kv_cache;
 pub mod math;
 pub mod pack;
 pub mod quantize;
+pub mod random;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;

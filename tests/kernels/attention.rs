@@ -4,7 +4,7 @@ use super::{Guarded, Random, assert_close, devices};
 use gpu_kernels::step::Step;
 use half::f16;
 use host::device::Device;
-use host::ops::{self, AttentionShape, KvLayer};
+use host::ops::{self, AttentionShape, AttentionWorkspace, KvLayer};
 
 /// Keys and values for `n_ctx` positions, of which the first `length` are real and the rest poisoned with NaN.
 struct Cache {
@@ -68,11 +68,25 @@ fn reference(q: &[f32], cache: &Cache, length: usize, scale: f64) -> Vec<f64> {
 
 #[test]
 fn attention_matches_f64() {
-    const LENGTHS: [usize; 12] = [1, 2, 31, 32, 33, 63, 255, 256, 257, 511, 600, 1031];
+    const LENGTHS: [usize; 12] = [1, 2, 31, 32, 33, 63, 128, 129, 257, 511, 600, 1031];
     for device in devices() {
-        for (n_head, n_head_kv, head_dim) in
-            [(1, 1, 32), (9, 3, 64), (4, 4, 80 + 16), (12, 2, 128), (3, 1, 160), (2, 1, 224), (2, 2, 256)]
-        {
+        for (n_head, n_head_kv, head_dim, n_splits) in [
+            (1, 1, 32, 1),
+            (9, 3, 64, 1),
+            (9, 3, 64, 3),
+            (4, 4, 80, 5),
+            (4, 4, 96, 2),
+            (12, 2, 128, 4),
+            (28, 4, 128, 1),
+            (7, 1, 128, 64),
+            (8, 1, 64, 7),
+            (10, 2, 48, 3),
+            (3, 1, 160, 2),
+            (2, 1, 224, 1),
+            (2, 2, 256, 3),
+        ] {
+            let mut workspace =
+                AttentionWorkspace::with_splits(device, n_head, n_head_kv, head_dim, n_splits).unwrap();
             for length in LENGTHS {
                 let n_ctx = length + length % 5;
                 let mut random = Random::new((length * 1000 + head_dim) as u64);
@@ -83,15 +97,19 @@ fn attention_matches_f64() {
                 let expected = reference(&q, &cache, length, scale.into());
 
                 let what = format!(
-                    "{n_head}:{n_head_kv} heads of {head_dim}, {length} positions, {}",
+                    "{n_head}:{n_head_kv} heads of {head_dim}, {length} positions in {n_splits} parts, {}",
                     device.describe()
                 );
                 let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
                 let q = device.alloc_from(&q).unwrap();
-                let mut out = Guarded::new(device, n_head * head_dim);
                 let shape = AttentionShape { n_head, scale };
-                ops::attention(device, &q, &cache.layer, &step, shape, &mut out.buffer).unwrap();
-                assert_close(&out.finish(device, &what), &expected, 2e-5, 0.5, &what);
+                // Twice with one workspace: a launch leaves it as it was.
+                for _ in 0..2 {
+                    let mut out = Guarded::new(device, n_head * head_dim);
+                    let (layer, buffer) = (&cache.layer, &mut out.buffer);
+                    ops::attention(device, &q, layer, &step, shape, &mut workspace, buffer).unwrap();
+                    assert_close(&out.finish(device, &what), &expected, 2e-5, 0.5, &what);
+                }
             }
         }
     }
@@ -110,7 +128,8 @@ fn scores_far_apart_do_not_overflow() {
             let q = device.alloc_from(&q).unwrap();
             let mut out = Guarded::new(device, head_dim);
             let shape = AttentionShape { n_head: 1, scale: 1.0 };
-            ops::attention(device, &q, &cache.layer, &step, shape, &mut out.buffer).unwrap();
+            let mut workspace = AttentionWorkspace::alloc(device, 1, 1, head_dim).unwrap();
+            ops::attention(device, &q, &cache.layer, &step, shape, &mut workspace, &mut out.buffer).unwrap();
             // A score's rounding error, 1e-7 of up to 1e6, moves its weight by as many per cent.
             let what = format!("magnitude {magnitude}");
             assert_close(&out.finish(device, &what), &expected, 0.1, 1.0, &what);
@@ -148,7 +167,7 @@ fn kv_append_writes_one_position_of_every_head() {
 #[test]
 fn head_sizes_that_kernels_cannot_take_are_refused() {
     let device = &devices()[0];
-    for head_dim in [0, 16, 80, 288] {
+    for head_dim in [0, 8, 100, 288] {
         let error = KvLayer::alloc(device, 1, 4, head_dim).unwrap_err().to_string();
         assert!(error.contains(&format!("found {head_dim}")), "{error}");
     }
@@ -156,6 +175,12 @@ fn head_sizes_that_kernels_cannot_take_are_refused() {
     let step = device.alloc_from(&[Step::default()]).unwrap();
     let (q, mut out) = (device.alloc_from(&[0.0f32; 96]).unwrap(), device.alloc_from(&[0.0f32; 96]).unwrap());
     let shape = AttentionShape { n_head: 3, scale: 1.0 };
-    let error = ops::attention(device, &q, &layer, &step, shape, &mut out).unwrap_err().to_string();
+    let mut workspace = AttentionWorkspace::alloc(device, 2, 2, 32).unwrap();
+    let mut run = |shape| ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out);
+    let error = run(shape).unwrap_err().to_string();
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
+    let error = AttentionWorkspace::alloc(device, 3, 2, 32).unwrap_err().to_string();
+    assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
+    let error = run(AttentionShape { n_head: 4, scale: 1.0 }).unwrap_err().to_string();
+    assert!(error.contains("128 are needed"), "{error}");
 }

@@ -123,14 +123,14 @@ impl Epilogue for StoreOrdered {
 
     #[inline(always)]
     unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
-        for i in 0..TILE_ROWS {
+        for (i, sum) in sums.into_iter().enumerate() {
             let place = quad.number as usize * TILE_ROWS + i;
             if place < matrix.n_rows as usize {
                 let row = matrix.order.row_at(place);
                 // SAFETY: the row is one of the matrix's.
                 unsafe {
                     let bias = if self.bias.is_null() { 0.0 } else { *self.bias.add(row) };
-                    *self.y.add(row) = sums[i] + bias;
+                    *self.y.add(row) = sum + bias;
                 }
             }
         }

@@ -213,7 +213,7 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
         let has_tile = tile < end;
         if has_tile {
             let format = deal.matrix(deal.quad(turn).part).format;
-            let source = stream.next();
+            let source = stream.next_tile();
             let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
             if loaded != tile {
                 x = load(tile);

@@ -202,7 +202,7 @@ impl<const N: usize> Stream<N> {
 
     /// Waits for the next tile and says where it is.
     #[inline(always)]
-    pub fn next(&mut self) -> SharedTile {
+    pub fn next_tile(&mut self) -> SharedTile {
         // How many groups may be pending is part of the instruction.
         match self.stages {
             2 => wait_copies::<1>(),

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use host::config::Preset;
 use host::device::DeviceChoice;
 use host::model::{Activations, Fusion, ModelOptions};
 use host::sampling::SamplingOptions;
@@ -255,11 +257,32 @@ pub(crate) struct InspectArgs {
     pub(crate) json: bool,
 }
 
+/// A model to be timed: a file, or random weights.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct ModelArgs {
+    /// The model, a GGUF file; it needs no tokenizer
+    pub(crate) file: Option<PathBuf>,
+
+    /// Random Q4_K_M weights in the dimensions of a well-known model; no file is needed
+    #[arg(long, value_parser = preset_parser())]
+    pub(crate) preset: Option<Preset>,
+}
+
+/// Finds a preset by its name, and lists the names in the help.
+fn preset_parser() -> impl TypedValueParser<Value = Preset> {
+    let names = Preset::all().into_iter().map(|preset| preset.name);
+    PossibleValuesParser::new(names).try_map(|name| {
+        let preset = Preset::all().into_iter().find(|preset| preset.name == name);
+        preset.ok_or("there is no such preset")
+    })
+}
+
 /// Times prefill and decode apart, on random tokens
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// The model, a GGUF file; it needs no tokenizer
-    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
 
     /// Tokens to prefill; 0 leaves prefill out
     #[arg(short, long, value_name = "N", default_value_t = 512)]
@@ -268,6 +291,10 @@ pub(crate) struct BenchArgs {
     /// Tokens to decode; 0 leaves decode out
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
     pub(crate) n_predict: usize,
+
+    /// Tokens that are in the cache before the clock runs
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    pub(crate) depth: usize,
 
     /// How often each is repeated
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]

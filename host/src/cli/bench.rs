@@ -6,7 +6,6 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
-use host::gguf::Gguf;
 use host::model::{Model, Session};
 use indicatif::ProgressBar;
 use rand_chacha::ChaCha8Rng;
@@ -23,11 +22,14 @@ const WARM_UP: usize = 32;
 #[derive(Serialize)]
 struct Report {
     version: &'static str,
-    file: String,
+    /// The file; none where weights are random.
+    file: Option<String>,
     model: Option<String>,
     device: String,
     activations: &'static str,
     weight_bytes_per_token: u64,
+    /// Tokens in the cache before the clock runs.
+    depth: usize,
     results: Vec<Measurement>,
 }
 
@@ -41,18 +43,19 @@ struct Measurement {
     mean: f64,
     median: f64,
     deviation: f64,
-    /// Weights read per second, in 10^9 bytes; only decode reads all of them for each token.
+    /// Weights, keys and values read per second, in 10^9 bytes; only decode reads all of them for each token.
     gb_per_s: Option<f64>,
 }
 
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let longest = args.prompt.max(args.n_predict);
     ensure!(longest > 0, "there is nothing to time: -p and -n are both 0");
-    let gguf = Gguf::open(&args.model)?;
-    let model = load::model(&gguf, &args.run, &args.run.model_options(Some(longest)))?;
+    let needed = longest + args.depth;
+    let options = args.run.model_options(Some(needed));
+    let model = load::file_or_preset(&args.model, &args.run, &options)?;
     ensure!(
-        longest <= model.n_ctx(),
-        "{longest} tokens do not fit: the context has room for {} (--ctx)",
+        needed <= model.n_ctx(),
+        "{needed} tokens do not fit: the context has room for {} (--ctx)",
         model.n_ctx()
     );
     let mut rng = ChaCha8Rng::seed_from_u64(0);
@@ -61,11 +64,12 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
 
     let report = Report {
         version: args::version(),
-        file: args.model.display().to_string(),
+        file: args.model.file.as_ref().map(|file| file.display().to_string()),
         model: model.config().name.clone(),
         device: model.device().describe(),
         activations: args.run.activations.name(),
         weight_bytes_per_token: model.weight_bytes_per_token(),
+        depth: args.depth,
         results: measure_all(args, &model, &tokens)?,
     };
     if args.json { print_json(&report) } else { Ok(print_table(&report)?) }
@@ -73,6 +77,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
 
 fn measure_all(args: &BenchArgs, model: &Model, tokens: &[u32]) -> Result<Vec<Measurement>> {
     let mut session = model.session()?;
+    if args.depth > 0 {
+        session.fill_with_noise(args.depth)?;
+    }
     let mut results = Vec::new();
     let mut measure = |test, n, run: fn(&mut Session, &[u32]) -> Result<()>| -> Result<()> {
         if n == 0 {
@@ -80,15 +87,18 @@ fn measure_all(args: &BenchArgs, model: &Model, tokens: &[u32]) -> Result<Vec<Me
         }
         let bar = load::progress_bar("{msg} {bar:30} {pos} of {len}");
         bar.set_message(test);
-        let runs = repeat(&mut session, &tokens[..n], args.repeat, &bar, run);
+        let runs = repeat(&mut session, args, &tokens[..n], &bar, run);
         bar.finish_and_clear();
         results.push(Measurement::new(test, n, runs?));
         Ok(())
     };
     measure("prefill", args.prompt, prefill)?;
     measure("decode", args.n_predict, decode)?;
+    // On average half of the tokens are in the cache.
+    let kv_bytes = model.kv_bytes_per_token(args.depth + args.n_predict / 2);
+    let bytes = (model.weight_bytes_per_token() + kv_bytes) as f64;
     for result in results.iter_mut().filter(|result| result.test == "decode") {
-        result.gb_per_s = Some(result.mean * model.weight_bytes_per_token() as f64 / 1e9);
+        result.gb_per_s = Some(result.mean * bytes / 1e9);
     }
     Ok(results)
 }
@@ -116,26 +126,26 @@ fn decode(session: &mut Session, tokens: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Times `run` from an empty context, `n` times after a warm-up; in tok/s.
+/// Times `run` from the wanted depth, after a warm-up; in tok/s.
 fn repeat(
     session: &mut Session,
+    args: &BenchArgs,
     tokens: &[u32],
-    n: u32,
     bar: &ProgressBar,
     run: fn(&mut Session, &[u32]) -> Result<()>,
 ) -> Result<Vec<f64>> {
-    bar.set_length(n.into());
-    session.truncate(0);
+    bar.set_length(args.repeat.into());
+    session.truncate(args.depth);
     run(session, &tokens[..tokens.len().min(WARM_UP)])?;
     let time = |_| {
-        session.truncate(0);
+        session.truncate(args.depth);
         let start = Instant::now();
         run(session, tokens)?;
         let seconds = start.elapsed().as_secs_f64();
         bar.inc(1);
         Ok(tokens.len() as f64 / seconds)
     };
-    (0..n).map(time).collect()
+    (0..args.repeat).map(time).collect()
 }
 
 impl Measurement {
@@ -168,7 +178,9 @@ fn print_table(report: &Report) -> io::Result<()> {
         column.set_cell_alignment(CellAlignment::Right);
     }
     let mut out = io::stdout().lock();
-    writeln!(out, "{}, activations {}, host {}", report.file, report.activations, report.version)?;
+    let name = report.file.as_deref().or(report.model.as_deref()).unwrap_or("the model");
+    let Report { activations, depth, version, .. } = report;
+    writeln!(out, "{name}, activations {activations}, depth {depth}, host {version}")?;
     writeln!(out, "{}", table.trim_fmt())?;
     out.flush()
 }

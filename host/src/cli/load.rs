@@ -5,30 +5,56 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use host::device::Device;
 use host::gguf::Gguf;
 use host::model::{Model, ModelOptions};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::args::RunArgs;
+use super::args::{ModelArgs, RunArgs};
 use super::status;
 
 /// Opens the device, says which, and loads the model onto it.
 pub(super) fn model(gguf: &Gguf, run: &RunArgs, options: &ModelOptions) -> Result<Model> {
+    with_progress(run, |device, progress| Model::load(device, gguf, options, progress))
+}
+
+/// The same of a file, or of random weights.
+pub(super) fn file_or_preset(args: &ModelArgs, run: &RunArgs, options: &ModelOptions) -> Result<Model> {
+    match (&args.file, &args.preset) {
+        (_, Some(preset)) => {
+            with_progress(run, |device, progress| Model::random(device, preset, options, progress))
+        }
+        (Some(file), None) => model(&Gguf::open(file)?, run, options),
+        (None, None) => bail!("needed a file or --preset"),
+    }
+}
+
+fn with_progress(
+    run: &RunArgs,
+    load: impl FnOnce(Device, &mut dyn FnMut(u64, u64)) -> Result<Model>,
+) -> Result<Model> {
+    let start = Instant::now();
     let device = Device::open(run.device.into())?;
     status!("{}", device.describe());
-    let start = Instant::now();
+    let opened = start.elapsed();
     let bar = progress_bar("loading {bar:30} {bytes} of {total_bytes}");
-    let model = Model::load(device, gguf, options, &mut |done, total| {
+    let model = load(device, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     });
     bar.finish_and_clear();
     let model = model?;
     let name = model.config().name.as_deref().unwrap_or("the model");
-    let seconds = start.elapsed().as_secs_f64();
-    status!("loaded {} in {seconds:.1} s, context {} tokens", host::gguf::Shown::new(name), model.n_ctx());
+    let total = start.elapsed();
+    status!(
+        "loaded {} in {:.1} s (device and kernels {:.1} s, weights {:.1} s), context {} tokens",
+        host::gguf::Shown::new(name),
+        total.as_secs_f64(),
+        opened.as_secs_f64(),
+        (total - opened).as_secs_f64(),
+        model.n_ctx()
+    );
     Ok(model)
 }
 

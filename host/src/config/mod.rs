@@ -1,5 +1,6 @@
 //! A model's dimensions, read from GGUF metadata and checked against each other.
 
+mod presets;
 mod tensors;
 
 use std::fmt;
@@ -8,6 +9,7 @@ use anyhow::{Result, anyhow, bail, ensure};
 use gpu_kernels::attention::{HEAD_DIM_STEP, MAX_HEAD_DIM};
 
 pub use gpu_kernels::rope::RopeLayout;
+pub use presets::{Preset, PresetTensor};
 
 use crate::gguf::{FromValue, Gguf, Shown};
 
@@ -65,7 +67,7 @@ pub struct Config {
     pub n_head: usize,
     /// Key and value heads; divides `n_head`.
     pub n_head_kv: usize,
-    /// Length of one head: a multiple of 32, at most 256.
+    /// Length of one head: a multiple of 16, at most 256.
     pub head_dim: usize,
     /// The context the model was trained for.
     pub n_ctx_train: usize,

@@ -98,6 +98,16 @@ impl Config {
         Ok(())
     }
 
+    /// Names and shapes of the tensors that a model of these dimensions can have.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
+        let global = self.global_tensors().into_iter().map(|tensor| (tensor.name.to_owned(), tensor.shape));
+        let layers = (0..self.n_layer).flat_map(|index| {
+            let tensors = self.layer_tensors().into_iter();
+            tensors.map(move |tensor| (format!("blk.{index}.{}", tensor.name), tensor.shape))
+        });
+        global.chain(layers)
+    }
+
     fn global_tensors(&self) -> Vec<Expected> {
         vec![
             Expected::required("token_embd.weight", &[self.n_embd, self.n_vocab]),

@@ -10,7 +10,7 @@ use super::weights::{GateUp, Layer, Linear, Weights};
 use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
-use crate::ops::{self, Input, KvLayer, Norm, Output, Q8_1Vector, QkvWeights};
+use crate::ops::{self, AttentionWorkspace, Input, KvLayer, Norm, Output, Q8_1Vector, QkvWeights};
 use anyhow::Result;
 use gpu_kernels::step::Step;
 
@@ -50,6 +50,8 @@ pub struct Buffers {
     pub x: Buffer<f32>,
     /// Queries: `[n_head, head_dim]`.
     pub(super) q: Buffer<f32>,
+    /// What attention's blocks leave each other.
+    pub(super) attention: AttentionWorkspace,
     /// Attention's heads: `[n_head, head_dim]`.
     pub(super) heads: Buffer<f32>,
     /// Scratch of the feed-forward network.
@@ -72,6 +74,7 @@ impl Buffers {
             rotation: device.alloc(config.rope.n_rot / 2)?,
             x: device.alloc(config.n_embd)?,
             q: device.alloc(n_q)?,
+            attention: AttentionWorkspace::alloc(device, config.n_head, config.n_head_kv, config.head_dim)?,
             heads: device.alloc(n_q)?,
             ffn: FfnBuffers::alloc(device, config.n_ff)?,
             logits: device.alloc(config.n_vocab)?,
@@ -135,7 +138,7 @@ pub fn layer(
     let x = input(activations, &b.x);
     ops::gemv_qkv(device, qkv(weights), x, Some(norm), rope, &b.rotation, &b.step, &mut b.q, cache)?;
     probe.after(Op::QRope, index, device, &b.q)?;
-    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.heads)?;
+    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
     ops::gemv(device, &weights.attn_output, input(activations, &b.heads), None, Output::Add(&mut b.x))?;
     probe.after(Op::AttnOutput, index, device, &b.x)?;

@@ -2,6 +2,7 @@
 
 mod forward;
 mod session;
+mod source;
 mod trace;
 mod unfused;
 mod weights;
@@ -11,11 +12,12 @@ pub use session::Session;
 pub use trace::{Halt, Op, Point, Probe};
 pub use weights::{GateUp, Layer, Linear, Weights};
 
-use crate::config::Config;
+use crate::config::{Config, Preset};
 use crate::device::Device;
 use crate::gguf::Gguf;
 use crate::ops::{AttentionShape, Rope};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use source::TensorSource;
 
 /// How activations meet the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,17 +96,38 @@ impl Model {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
         let config = Config::from_gguf(gguf)?;
+        config.check_tensors(gguf)?;
+        Self::new(device, gguf, config, options, progress).with_context(|| gguf.file().display().to_string())
+    }
+
+    /// A model of well-known dimensions with random weights, made on the device.
+    ///
+    /// # Errors
+    /// When `options` do not fit it, or the device has no room.
+    pub fn random(
+        device: Device,
+        preset: &Preset,
+        options: &ModelOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
+        Self::new(device, preset, preset.config.clone(), options, progress).context(preset.name)
+    }
+
+    fn new(
+        device: Device,
+        source: &dyn TensorSource,
+        config: Config,
+        options: &ModelOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
         let n_ctx = options.n_ctx.unwrap_or(config.n_ctx_train.min(DEFAULT_N_CTX));
         ensure!(n_ctx > 0, "a context of 0 tokens has no room for a prompt");
         ensure!(
             n_ctx <= config.n_ctx_train,
-            "{}: a context of {n_ctx} tokens is wanted, the model was trained for {}",
-            gguf.file().display(),
+            "a context of {n_ctx} tokens is wanted, the model was trained for {}",
             config.n_ctx_train
         );
-        config.check_tensors(gguf)?;
-        let rope_factors = weights::rope_factors(gguf)?;
-        let frequencies = config.rope.frequencies(rope_factors.as_deref());
+        let frequencies = config.rope.frequencies(source.rope_factors()?.as_deref());
         let settings = Settings {
             activations: options.activations,
             fusion: options.fusion,
@@ -114,7 +137,7 @@ impl Model {
             n_head_kv: config.n_head_kv,
             rope: Rope { frequencies: device.alloc_from(&frequencies)?, layout: config.rope.layout },
         };
-        let weights = Weights::upload(&device, gguf, &config, progress)?;
+        let weights = Weights::load(&device, source, &config, progress)?;
         Ok(Self { device, config, settings, n_ctx, weights })
     }
 
@@ -146,6 +169,12 @@ impl Model {
     /// Bytes of weights that one decode step reads: every matrix and norm once, of the embeddings one row.
     pub fn weight_bytes_per_token(&self) -> u64 {
         self.weights.bytes_per_token()
+    }
+
+    /// Bytes of keys and values that one decode step reads with `n` tokens in the cache.
+    pub fn kv_bytes_per_token(&self, n: usize) -> u64 {
+        let Config { n_layer, n_head_kv, head_dim, .. } = self.config;
+        (2 * n_layer * n_head_kv * head_dim * size_of::<half::f16>() * n) as u64
     }
 
     /// An empty conversation with the model: its own KV cache and scratch buffers.

@@ -95,6 +95,26 @@ impl<'m> Session<'m> {
         }
     }
 
+    /// Puts `n` tokens into the cache whose keys and values are random numbers: for timing what follows.
+    ///
+    /// # Errors
+    /// When the context has no room, or the device fails.
+    pub fn fill_with_noise(&mut self, n: usize) -> Result<()> {
+        ensure!(
+            n <= self.model.n_ctx,
+            "{n} tokens do not fit: the context has room for {}",
+            self.model.n_ctx
+        );
+        for (i, cache) in self.caches.iter_mut().enumerate() {
+            cache.fill_with_noise(&self.model.device, i as u32)?;
+        }
+        self.ahead.clear();
+        self.position = n;
+        self.has_logits = false;
+        self.has_chosen = false;
+        Ok(())
+    }
+
     /// Runs tokens, one after the other, each at the next position. The logits of the last one are left on the
     /// device; nothing waits for them.
     ///

@@ -66,7 +66,7 @@ pub(super) fn layer(
     ops::rope(device, &mut u.k, rope, &b.step, n_head_kv, head_dim)?;
     probe.after(Op::KRope, index, device, &u.k)?;
     ops::kv_append(device, &u.k, &u.v, cache, &b.step)?;
-    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.heads)?;
+    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
     let heads = input(device, activations, &b.heads, &mut u.heads_q8)?;
     ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x))?;

@@ -1,11 +1,10 @@
 //! A model's weights, each resolved once into a device buffer.
 
+use super::source::TensorSource;
 use crate::config::Config;
 use crate::device::{Buffer, Device};
-use crate::gguf::{GgmlType, Gguf, GgufError};
 use crate::ops::{self, Matrix, Packer};
-use anyhow::{Context as _, Result, bail};
-use gpu_kernels::formats::Format;
+use anyhow::{Context as _, Result};
 use gpu_kernels::rows::{Order, RowOrder};
 
 /// A matrix with its bias, where the model has one.
@@ -66,23 +65,21 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Uploads every tensor that `config` asks for.
+    /// Puts every tensor that `config` asks for on the device.
     ///
     /// # Errors
     /// When a tensor is missing or does not fit, or the device has no room: the message names the tensor.
-    pub fn upload(
+    pub(super) fn load(
         device: &Device,
-        gguf: &Gguf,
+        source: &dyn TensorSource,
         config: &Config,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        let uploaded = gguf.tensors().filter(|tensor| tensor.info.name != ROPE_FACTORS);
-        let total = uploaded.map(|tensor| tensor.info.n_bytes as u64).sum();
         let n_rot = config.rope.n_rot;
         let pairs = ops::pair_order(config.rope.layout, config.head_dim, n_rot);
-        let mut loader =
-            Loader { packer: Packer::new(device), device, gguf, progress, pairs, done: 0, total };
-        let output = match gguf.tensor_info("output.weight").is_some() {
+        let packer = Packer::new(device);
+        let mut loader = Loader { packer, device, source, progress, pairs, done: 0, total: source.n_bytes() };
+        let output = match source.has("output.weight") {
             true => Some(loader.matrix("output.weight")?),
             false => None,
         };
@@ -136,21 +133,10 @@ impl Layer {
     }
 }
 
-/// Goes into the rotation's frequencies, and is no weight on the device.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
-
-/// The factors that divide the rotation's frequencies, where the file has them (llama 3).
-pub(super) fn rope_factors(gguf: &Gguf) -> Result<Option<Vec<f32>>> {
-    if gguf.tensor_info(ROPE_FACTORS).is_none() {
-        return Ok(None);
-    }
-    Ok(Some(floats(gguf, ROPE_FACTORS)?))
-}
-
-/// Uploads tensors by name and reports how far it is.
+/// Loads tensors by name and reports how far it is.
 struct Loader<'a> {
     device: &'a Device,
-    gguf: &'a Gguf,
+    source: &'a dyn TensorSource,
     packer: Packer<'a>,
     progress: &'a mut dyn FnMut(u64, u64),
     /// The order of the rows that make queries and keys.
@@ -178,17 +164,16 @@ impl Loader<'_> {
         let bias = format!("{name}.bias");
         Ok(Linear {
             weight: self.ordered(order, &[&format!("{name}.weight")])?,
-            bias: if self.gguf.tensor_info(&bias).is_some() { Some(self.vector(&bias)?) } else { None },
+            bias: if self.source.has(&bias) { Some(self.vector(&bias)?) } else { None },
         })
     }
 
     fn gate_up(&mut self, gate: &str, up: &str) -> Result<GateUp> {
-        let info = |name| self.gguf.tensor_info(name).map(|info| (info.ggml_type, info.shape.clone()));
-        let n_ff = info(gate).and_then(|(_, shape)| shape.get(1).copied()).unwrap_or(0);
-        if info(gate) != info(up) || !n_ff.is_multiple_of(2) {
+        let [shape, other] = [self.source.matrix_shape(gate)?, self.source.matrix_shape(up)?];
+        if shape != other || !shape.n_rows.is_multiple_of(2) {
             return Ok(GateUp::Apart { gate: self.matrix(gate)?, up: self.matrix(up)? });
         }
-        let order = RowOrder { order: Order::Halves as u32, group: u32::try_from(n_ff)?, n_rot: 0 };
+        let order = RowOrder { order: Order::Halves as u32, group: u32::try_from(shape.n_rows)?, n_rot: 0 };
         Ok(GateUp::Joined(self.ordered(order, &[gate, up])?))
     }
 
@@ -198,23 +183,14 @@ impl Loader<'_> {
 
     /// The rows of tensors of one type and width, one below the other.
     fn ordered(&mut self, order: RowOrder, names: &[&str]) -> Result<Matrix> {
-        let tensors = names.iter().map(|name| self.gguf.tensor(name)).collect::<Result<Vec<_>, _>>()?;
-        let (name, info) = (names[0], tensors[0].info);
-        let [n_cols, _] = info.shape[..] else {
-            bail!("tensor {name} has {} dimensions, a matrix has 2", info.shape.len())
-        };
-        let format = format_of(info.ggml_type);
-        let format = format.with_context(|| format!("tensor {name}: no kernels for {}", info.ggml_type))?;
-        let n_rows = tensors.iter().map(|tensor| tensor.info.shape.get(1).copied().unwrap_or(1)).sum();
-        let parts: Vec<&[u8]> = tensors.iter().map(|tensor| tensor.data).collect();
-        let matrix = self.packer.matrix(format, n_rows, n_cols, order, &parts);
+        let matrix = self.source.matrix(&mut self.packer, names, order);
         let matrix = matrix.with_context(|| format!("cannot load tensor {}", names.join(" and ")))?;
-        self.advance(parts.iter().map(|part| part.len()).sum());
+        self.advance(matrix.weight_bytes());
         Ok(matrix)
     }
 
     fn vector(&mut self, name: &str) -> Result<Buffer<f32>> {
-        let values = floats(self.gguf, name)?;
+        let values = self.source.vector(name)?;
         let buffer = self.device.alloc_from(&values).with_context(|| format!("cannot load tensor {name}"))?;
         self.advance(buffer.n_bytes());
         Ok(buffer)
@@ -224,15 +200,4 @@ impl Loader<'_> {
         self.done += bytes as u64;
         (self.progress)(self.done, self.total);
     }
-}
-
-/// An F32 tensor's values.
-fn floats(gguf: &Gguf, name: &str) -> Result<Vec<f32>, GgufError> {
-    let (chunks, _) = gguf.tensor(name)?.data.as_chunks::<4>();
-    Ok(chunks.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
-}
-
-/// The kernels' format for a tensor type, by GGUF's name of both.
-pub(crate) fn format_of(ggml_type: GgmlType) -> Option<Format> {
-    Format::ALL.iter().copied().find(|format| format.name() == ggml_type.name())
 }

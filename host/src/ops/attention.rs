@@ -80,44 +80,107 @@ pub fn kv_append(
     unsafe { device.launch(&kv_cache::KV_APPEND, config, arguments) }
 }
 
+/// What blocks that share a context leave for the last of them.
+#[derive(Debug)]
+pub struct AttentionWorkspace {
+    n_splits: usize,
+    /// `[n_splits, n_head, head_dim]`.
+    values: Buffer<f32>,
+    /// `[n_splits, n_head, 2]`.
+    sums: Buffer<f32>,
+    /// One per row of the grid, 0 between launches.
+    n_ended: Buffer<u32>,
+}
+
+impl AttentionWorkspace {
+    /// Room for as many blocks as keep the device busy.
+    ///
+    /// # Errors
+    /// As [`with_splits`](Self::with_splits).
+    pub fn alloc(device: &Device, n_head: usize, n_head_kv: usize, head_dim: usize) -> Result<Self> {
+        // Two blocks fit on a multiprocessor. On the CPU the heads are blocks enough.
+        let wanted = if device.is_cuda() { 2 * device.multiprocessors() as usize } else { 0 };
+        let (blocks_per_kv, _) = deal_heads(n_head, n_head_kv)?;
+        let n_splits = (wanted / (n_head_kv * blocks_per_kv)).clamp(1, 64);
+        Self::with_splits(device, n_head, n_head_kv, head_dim, n_splits)
+    }
+
+    /// Room for `n_splits` blocks to share a context.
+    ///
+    /// # Errors
+    /// When `n_head` is not a multiple of `n_head_kv`, `n_splits` is 0, or the device has no room.
+    pub fn with_splits(
+        device: &Device,
+        n_head: usize,
+        n_head_kv: usize,
+        head_dim: usize,
+        n_splits: usize,
+    ) -> Result<Self> {
+        ensure!(n_splits > 0, "attention: no block would look at the context");
+        let (blocks_per_kv, _) = deal_heads(n_head, n_head_kv)?;
+        Ok(Self {
+            n_splits,
+            values: device.alloc(n_splits * n_head * head_dim)?,
+            sums: device.alloc(n_splits * n_head * 2)?,
+            n_ended: device.alloc_zeroed(n_head_kv * blocks_per_kv)?,
+        })
+    }
+}
+
+/// Into how many blocks the query heads of a key-value head go, and how many each takes.
+fn deal_heads(n_head: usize, n_head_kv: usize) -> Result<(usize, usize)> {
+    ensure!(
+        n_head > 0 && n_head_kv > 0 && n_head.is_multiple_of(n_head_kv),
+        "attention: {n_head} query heads over {n_head_kv} key-value heads"
+    );
+    let heads_per_kv = n_head / n_head_kv;
+    let blocks = heads_per_kv.div_ceil(attention_kernel::MAX_HEADS);
+    Ok((blocks, heads_per_kv.div_ceil(blocks)))
+}
+
 /// Attention of one query token, `[n_head, head_dim]`, over the cache's positions up to the step's.
 ///
 /// # Errors
-/// When `n_head` is not a multiple of the cache's heads, a buffer is too short, or the launch fails.
+/// When `n_head` is not a multiple of the cache's heads, a buffer is too short, the workspace is of another shape, or the
+/// launch fails.
 pub fn attention(
     device: &Device,
     q: &Buffer<f32>,
     cache: &KvLayer,
     step: &Buffer<Step>,
     shape: AttentionShape,
+    workspace: &mut AttentionWorkspace,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
     let AttentionShape { n_head, scale } = shape;
-    ensure!(
-        n_head > 0 && n_head.is_multiple_of(cache.n_head_kv),
-        "attention: {n_head} query heads over {} key-value heads",
-        cache.n_head_kv
-    );
+    let (blocks_per_kv, heads) = deal_heads(n_head, cache.n_head_kv)?;
+    let (n_rows, n_splits) = (cache.n_head_kv * blocks_per_kv, workspace.n_splits);
     at_least("attention", "q", q, n_head * cache.head_dim)?;
     at_least("attention", "out", out, n_head * cache.head_dim)?;
     at_least("attention", "step", step, 1)?;
-    let arguments = (
-        q.as_ptr(),
-        cache.k.as_ptr(),
-        cache.v.as_ptr(),
-        out.as_mut_ptr(),
-        step.as_ptr(),
-        dim(n_head / cache.n_head_kv)?,
-        dim(cache.head_dim)?,
-        dim(cache.n_ctx)?,
+    at_least("attention", "workspace.values", &workspace.values, n_splits * n_head * cache.head_dim)?;
+    at_least("attention", "workspace.sums", &workspace.sums, n_splits * n_head * 2)?;
+    at_least("attention", "workspace.n_ended", &workspace.n_ended, n_rows)?;
+    let arguments = attention_kernel::Arguments {
+        q: q.as_ptr(),
+        k_cache: cache.k.as_ptr(),
+        v_cache: cache.v.as_ptr(),
+        out: out.as_mut_ptr(),
+        step: step.as_ptr(),
+        split_values: workspace.values.as_mut_ptr(),
+        split_sums: workspace.sums.as_mut_ptr(),
+        n_ended: workspace.n_ended.as_mut_ptr(),
+        n_head: dim(n_head)?,
+        heads_per_kv: dim(n_head / cache.n_head_kv)?,
+        blocks_per_kv: dim(blocks_per_kv)?,
+        head_dim: dim(cache.head_dim)?,
+        lanes: dim((cache.head_dim / 8).next_power_of_two().max(8))?,
+        n_ctx: dim(cache.n_ctx)?,
+        n_splits: dim(n_splits)?,
         scale,
-    );
+    };
+    let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
+    config.grid[1] = dim(n_rows)?;
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
-    unsafe {
-        device.launch(
-            &attention_kernel::ATTENTION,
-            launch_1d(n_head, attention_kernel::BLOCK_DIM)?,
-            arguments,
-        )
-    }
+    unsafe { device.launch(attention_kernel::kernel_for(heads), config, (arguments,)) }
 }

@@ -37,30 +37,32 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     let kernels = kernels(&[weights], x);
     let matrix = weights.as_ref()?;
     let is_natural = weights.order() == RowOrder::NATURAL;
-    let check = |y: &Buffer<f32>| at_least("gemv", "y", y, weights.n_rows());
-    // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
-    match output {
-        Output::Set(y) if is_natural => unsafe {
-            check(y)?;
-            device.launch(kernels.gemv, config, (matrix, input, schedule, Store { y: y.as_mut_ptr() }))
-        },
-        Output::Add(y) => unsafe {
-            check(y)?;
+    let ordered_output = match output {
+        Output::Set(y) if is_natural => {
+            at_least("gemv", "y", y, weights.n_rows())?;
+            let output = Store { y: y.as_mut_ptr() };
+            // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
+            return unsafe { device.launch(kernels.gemv, config, (matrix, input, schedule, output)) };
+        }
+        Output::Add(y) => {
+            at_least("gemv", "y", y, weights.n_rows())?;
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
-            device.launch(kernels.gemv_add, config, (matrix, input, schedule, Add { y: y.as_mut_ptr() }))
-        },
-        Output::Set(y) => unsafe {
-            check(y)?;
-            let store = StoreOrdered { y: y.as_mut_ptr(), bias: ptr::null() };
-            device.launch(ordered(x), config, (matrix, input, schedule, store))
-        },
-        Output::SetBiased(y, bias) => unsafe {
-            check(y)?;
+            let output = Add { y: y.as_mut_ptr() };
+            // SAFETY: as above.
+            return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
+        }
+        Output::Set(y) => {
+            at_least("gemv", "y", y, weights.n_rows())?;
+            StoreOrdered { y: y.as_mut_ptr(), bias: ptr::null() }
+        }
+        Output::SetBiased(y, bias) => {
+            at_least("gemv", "y", y, weights.n_rows())?;
             at_least("gemv", "bias", bias, weights.n_rows())?;
-            let store = StoreOrdered { y: y.as_mut_ptr(), bias: bias.as_ptr() };
-            device.launch(ordered(x), config, (matrix, input, schedule, store))
-        },
-    }
+            StoreOrdered { y: y.as_mut_ptr(), bias: bias.as_ptr() }
+        }
+    };
+    // SAFETY: as above.
+    unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
 }
 
 /// The kernels for an input and matrices.

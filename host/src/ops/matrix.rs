@@ -2,12 +2,14 @@
 
 use super::{dim, launch_1d};
 use crate::device::{Buffer, Device};
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::formats::tile::{Geometry, TILE_ROWS, TILE_UNITS};
 use gpu_kernels::formats::{Format, UNIT};
 use gpu_kernels::gemv::MatrixRef;
 use gpu_kernels::pack;
+use gpu_kernels::random::{self, Factor};
 use gpu_kernels::rows::{Order, RowOrder};
+use half::f16;
 
 /// Bytes of a file that are on the device at once beside the packed matrices.
 const STAGING_BYTES: usize = 32 << 20;
@@ -123,6 +125,60 @@ impl<'d> Packer<'d> {
         order: RowOrder,
         parts: &[&[u8]],
     ) -> Result<Matrix> {
+        let mut matrix = self.unwritten(format, n_rows, n_cols, order)?;
+        let row_bytes = format.row_bytes(n_cols);
+        let needed = n_rows * row_bytes;
+        let found: usize = parts.iter().map(|part| part.len()).sum();
+        ensure!(
+            found == needed,
+            "{n_rows} x {n_cols} weights in {} need {needed} bytes, found {found}",
+            format.name()
+        );
+        let mut first_row = 0;
+        for part in parts {
+            ensure!(part.len().is_multiple_of(row_bytes), "a part of a matrix ends inside a row");
+            for rows in part.chunks(rows_at_once(row_bytes) * row_bytes) {
+                let mut staging = self.staging(rows.len())?;
+                self.device.upload(&mut staging, rows)?;
+                self.pack(&mut matrix, first_row, &staging)?;
+                first_row += rows.len() / row_bytes;
+            }
+        }
+        Ok(matrix)
+    }
+
+    /// A matrix of random weights of mean 0 and variance `1 / n_cols`.
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix); also when the format is not an integer format.
+    pub fn random_matrix(
+        &mut self,
+        format: Format,
+        n_rows: usize,
+        n_cols: usize,
+        order: RowOrder,
+        seed: u32,
+    ) -> Result<Matrix> {
+        let mut matrix = self.unwritten(format, n_rows, n_cols, order)?;
+        let row_bytes = format.row_bytes(n_cols);
+        let [first, second] = random_factors(format, n_cols)?;
+        let rows_at_once = rows_at_once(row_bytes);
+        for first_row in (0..n_rows).step_by(rows_at_once) {
+            let bytes = rows_at_once.min(n_rows - first_row) * row_bytes;
+            let mut staging = self.staging(bytes)?;
+            let (n_words, block_words) = (dim(bytes / 2)?, dim(format.block_bytes() / 2)?);
+            let config = launch_1d((bytes / 2).div_ceil(random::BLOCK_DIM), random::BLOCK_DIM)?;
+            let blocks = staging.as_mut_ptr().cast();
+            let arguments = (blocks, n_words, block_words, first, second, seed ^ first_row as u32);
+            // SAFETY: the staging buffer has as many bytes.
+            unsafe { self.device.launch(&random::RANDOM_BLOCKS, config, arguments)? };
+            self.pack(&mut matrix, first_row, &staging)?;
+        }
+        Ok(matrix)
+    }
+
+    /// Room for a matrix: zeros, where no rows are written.
+    fn unwritten(&self, format: Format, n_rows: usize, n_cols: usize, order: RowOrder) -> Result<Matrix> {
         ensure!(n_rows > 0 && n_cols > 0, "a matrix of {n_rows} x {n_cols} weights is empty");
         ensure!(
             n_cols.is_multiple_of(format.block_len()),
@@ -130,30 +186,7 @@ impl<'d> Packer<'d> {
             format.name(),
             format.block_len()
         );
-        let row_bytes = format.row_bytes(n_cols);
-        let needed = n_rows.checked_mul(row_bytes).context("the matrix is too large to address")?;
-        let found: usize = parts.iter().map(|part| part.len()).sum();
-        ensure!(
-            found == needed,
-            "{n_rows} x {n_cols} weights in {} need {needed} bytes, found {found}",
-            format.name()
-        );
         check_order(order, n_rows)?;
-        let mut matrix = self.unwritten(format, n_rows, n_cols, order)?;
-        let mut first_row = 0;
-        let rows_at_once = (STAGING_BYTES / row_bytes).max(1);
-        for part in parts {
-            ensure!(part.len().is_multiple_of(row_bytes), "a part of a matrix ends inside a row");
-            for rows in part.chunks(rows_at_once * row_bytes) {
-                self.pack(&mut matrix, first_row, rows)?;
-                first_row += rows.len() / row_bytes;
-            }
-        }
-        Ok(matrix)
-    }
-
-    /// Room for a matrix: zeros, where no rows are written.
-    fn unwritten(&self, format: Format, n_rows: usize, n_cols: usize, order: RowOrder) -> Result<Matrix> {
         let n_units = n_cols.div_ceil(UNIT);
         let geometry = Geometry {
             n_units,
@@ -162,7 +195,7 @@ impl<'d> Packer<'d> {
         };
         let bytes = n_rows.div_ceil(TILE_ROWS).checked_mul(geometry.quad_bytes());
         let bytes = bytes.context("the matrix is too large to address")?;
-        let tiles = if n_rows.is_multiple_of(TILE_ROWS) && format.block_len() % UNIT == 0 {
+        let tiles = if n_rows.is_multiple_of(TILE_ROWS) && format.block_len().is_multiple_of(UNIT) {
             self.device.alloc(bytes)?
         } else {
             self.device.alloc_zeroed(bytes)?
@@ -170,17 +203,20 @@ impl<'d> Packer<'d> {
         Ok(Matrix { format, n_rows, n_cols, order, geometry, tiles })
     }
 
-    /// Uploads some rows and packs them to their places.
-    fn pack(&mut self, matrix: &mut Matrix, first_row: usize, rows: &[u8]) -> Result<()> {
-        let staging = match &mut self.staging {
-            Some(staging) if staging.len() >= rows.len() => staging,
-            staging => staging.insert(self.device.alloc(rows.len().max(STAGING_BYTES))?),
+    /// Room for rows in GGUF blocks.
+    fn staging(&mut self, bytes: usize) -> Result<Buffer<u8>> {
+        let staging = match &self.staging {
+            Some(staging) if staging.len() >= bytes => staging,
+            _ => self.staging.insert(self.device.alloc(bytes.max(STAGING_BYTES))?),
         };
-        let mut staging = staging.part(0..rows.len());
-        self.device.upload(&mut staging, rows)?;
+        Ok(staging.part(0..bytes))
+    }
+
+    /// Packs rows of GGUF blocks to their places.
+    fn pack(&self, matrix: &mut Matrix, first_row: usize, rows: &Buffer<u8>) -> Result<()> {
         let n_rows = rows.len() / matrix.format.row_bytes(matrix.n_cols);
         let arguments = (
-            staging.as_ptr(),
+            rows.as_ptr(),
             dim(first_row)?,
             dim(n_rows)?,
             dim(matrix.n_cols)?,
@@ -195,6 +231,30 @@ impl<'d> Packer<'d> {
         // SAFETY: the rows are whole and below the matrix's n_rows, which the tiles have room for.
         unsafe { self.device.launch(&pack::PACK, config, arguments) }
     }
+}
+
+/// Rows that go through the staging buffer together.
+fn rows_at_once(row_bytes: usize) -> usize {
+    (STAGING_BYTES / row_bytes).max(1)
+}
+
+/// The factors that give blocks of random bits weights of variance `1 / n_cols`, and of mean 0.
+fn random_factors(format: Format, n_cols: usize) -> Result<[Factor; 2]> {
+    // The place of each factor in the block, in bytes, and its value where the variance is 1: the reciprocal of the
+    // standard deviation of what it is multiplied with, for integers that are uniform over their range.
+    let (first, second) = match format {
+        Format::Q8_0 => ((0, 1.0 / 73.9), (0, 1.0 / 73.9)),
+        // The nibbles' mean is 7.5.
+        Format::Q4_1 => ((0, 1.0 / 4.61), (2, -7.5 / 4.61)),
+        Format::Q4_K => ((0, 1.0 / 258.0), (2, 7.5 / 258.0)),
+        Format::Q6_K => ((208, 1.0 / 1365.0), (208, 1.0 / 1365.0)),
+        Format::F16 | Format::F32 => bail!("random bits make no weights in {}", format.name()),
+    };
+    let factor = |(place, value): (u32, f64)| Factor {
+        place: place / 2,
+        bits: f16::from_f64(value / (n_cols as f64).sqrt()).to_bits().into(),
+    };
+    Ok([factor(first), factor(second)])
 }
 
 /// Refuses orders that would put rows on top of each other, or part of a pair into another quad.

@@ -8,7 +8,7 @@ mod gemv;
 mod matrix;
 mod types;
 
-pub use attention::{AttentionShape, attention, kv_append, rope};
+pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, rope};
 pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use matrix::{Matrix, Packer};
