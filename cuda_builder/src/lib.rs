@@ -28,8 +28,10 @@ pub use ptx::Ptx;
 /// rustc's target for NVIDIA GPUs.
 const TARGET: &str = "nvptx64-nvidia-cuda";
 
-/// The PTX version that is written, whatever the architecture: the drivers of CUDA 11.8 and later read it.
+/// The PTX version that is written: the drivers of CUDA 11.8 and later read it.
 const PTX_VERSION: &str = "ptx78";
+/// The same for compute capability 9.0 and later, with the instructions for bulk copies: CUDA 12.0.
+const PTX_VERSION_90: &str = "ptx80";
 
 /// Loops of a fixed length are unrolled as far as it goes: an array that is indexed at run time lies in local memory
 /// instead of registers. Other loops are not: copies of a body that holds a whole tile only take registers.
@@ -124,9 +126,10 @@ impl CudaBuilder {
             .strip_prefix("sm_")
             .and_then(|digits| digits.trim_end_matches(|c: char| c.is_ascii_lowercase()).parse().ok())
             .with_context(|| format!("an architecture is sm_<number>, found {}", self.arch))?;
-        let newer = if number >= 90 { " --cfg cuda_sm_90" } else { "" };
+        let (ptx_version, newer) =
+            if number >= 90 { (PTX_VERSION_90, " --cfg cuda_sm_90") } else { (PTX_VERSION, "") };
         Ok(format!(
-            "-Ctarget-cpu={} -Ctarget-feature=+{PTX_VERSION} -Zunstable-options -Cpanic=immediate-abort{newer} {UNROLLING}",
+            "-Ctarget-cpu={} -Ctarget-feature=+{ptx_version} -Zunstable-options -Cpanic=immediate-abort{newer} {UNROLLING}",
             self.arch
         ))
     }

@@ -387,6 +387,22 @@ impl<T: SharedValue> DynamicShared<T> {
         }
     }
 
+    /// Copies `bytes` bytes to element `index` and on.
+    ///
+    /// # Safety
+    /// `from` is to as many readable bytes.
+    #[cfg(not(target_arch = "nvptx64"))]
+    #[track_caller]
+    pub(crate) unsafe fn copy_from(self, index: usize, from: *const u8, bytes: usize) {
+        let (first, len) = (index * size_of::<T>(), self.len * size_of::<T>());
+        assert!(
+            first <= len && bytes <= len - first,
+            "index out of bounds: the shared memory has {len} bytes, the copy is of {bytes} to {first}"
+        );
+        // SAFETY: the caller vouches for the source; the destination is inside this block's memory.
+        unsafe { self.address.wrapping_add(first).copy_from_nonoverlapping(from, bytes) };
+    }
+
     /// Where element `index` lies in the shared window.
     #[cfg(target_arch = "nvptx64")]
     #[inline(always)]

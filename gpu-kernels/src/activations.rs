@@ -54,6 +54,8 @@ pub fn quantize(values: [f32; VALUES_PER_THREAD]) -> Quantized {
 pub trait Activations: Copy {
     /// Words of shared memory for a unit.
     const UNIT_WORDS: usize;
+    /// Whether a vector may be too long for shared memory, and is then taken in slabs.
+    const IN_SLABS: bool;
     /// What a lane holds of it for one unit of weights.
     type Unit: Copy;
 
@@ -100,6 +102,7 @@ impl Q8_1 {
 
 impl Activations for Q8_1 {
     const UNIT_WORDS: usize = UNIT_WORDS + 1;
+    const IN_SLABS: bool = false;
     type Unit = Q8_1Unit;
 
     #[inline(always)]
@@ -139,6 +142,7 @@ pub struct F32Unit {
 
 impl Activations for F32Vector {
     const UNIT_WORDS: usize = UNIT;
+    const IN_SLABS: bool = true;
     type Unit = F32Unit;
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! F16: IEEE half-precision floats.
 
-use super::{FloatUnit, Place, UNIT, WeightFormat, read_u16, tile::TileSource};
+use super::{FloatUnit, Format, Place, UNIT, WeightFormat, read_u16, tile::TileSource};
 use cuda_std::float::f16_to_f32;
 
 /// 16-bit floats, unquantized. A tile has four planes, each with eight weights of every unit.
@@ -8,6 +8,7 @@ use cuda_std::float::f16_to_f32;
 pub struct F16;
 
 impl WeightFormat for F16 {
+    const FORMAT: Format = Format::F16;
     const BLOCK_LEN: usize = 1;
     const BLOCK_BYTES: usize = 2;
     type Unit = FloatUnit;

@@ -1,12 +1,13 @@
 //! F32: plain floats.
 
-use super::{FloatUnit, Place, UNIT, WeightFormat, read_u32, tile::TileSource};
+use super::{FloatUnit, Format, Place, UNIT, WeightFormat, read_u32, tile::TileSource};
 
 /// 32-bit floats, unquantized. A tile has eight planes, each with four weights of every unit.
 #[derive(Clone, Copy, Debug)]
 pub struct F32;
 
 impl WeightFormat for F32 {
+    const FORMAT: Format = Format::F32;
     const BLOCK_LEN: usize = 1;
     const BLOCK_BYTES: usize = 4;
     type Unit = FloatUnit;

@@ -51,6 +51,8 @@ macro_rules! for_each_format {
 
 /// A weight format.
 pub trait WeightFormat: Copy {
+    /// Its name in the table.
+    const FORMAT: Format;
     /// Weights in a GGUF block: a row's length must be a multiple of it.
     const BLOCK_LEN: usize;
     /// Bytes in a GGUF block.

@@ -1,6 +1,6 @@
 //! Q4_1: 32 nibbles, a scale and a minimum; `w = d * q + m` (llama.cpp, ggml-common.h).
 
-use super::{Place, QuantizedUnit, WeightFormat, read_u32, tile::TileSource, unpack_nibbles};
+use super::{Format, Place, QuantizedUnit, WeightFormat, read_u32, tile::TileSource, unpack_nibbles};
 use cuda_std::float::f16_to_f32;
 
 /// 4-bit weights, one scale and minimum per 32.
@@ -11,6 +11,7 @@ use cuda_std::float::f16_to_f32;
 pub struct Q4_1;
 
 impl WeightFormat for Q4_1 {
+    const FORMAT: Format = Format::Q4_1;
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 20;
     type Unit = QuantizedUnit<0, 1, true>;

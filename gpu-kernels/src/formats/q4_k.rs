@@ -1,7 +1,9 @@
 //! Q4_K: 256 nibbles in eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum;
 //! `w = d * sc * q - dmin * m` (llama.cpp, ggml-common.h).
 
-use super::{Place, QuantizedUnit, WeightFormat, pack_nibbles, read_u32, tile::TileSource, unpack_nibbles};
+use super::{
+    Format, Place, QuantizedUnit, WeightFormat, pack_nibbles, read_u32, tile::TileSource, unpack_nibbles,
+};
 use cuda_std::float::f16_to_f32;
 
 /// 4-bit weights in super-blocks of 256.
@@ -29,6 +31,7 @@ fn scale_and_min(scales: [u32; 3], j: usize) -> (u32, u32) {
 }
 
 impl WeightFormat for Q4_K {
+    const FORMAT: Format = Format::Q4_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 144;
     type Unit = QuantizedUnit<0, 1, true>;

@@ -1,7 +1,9 @@
 //! Q6_K: 256 weights of 6 bits in sixteen runs of 16, each with a signed 8-bit scale; `w = d * sc * (q - 32)`
 //! (llama.cpp, ggml-common.h).
 
-use super::{Place, QuantizedUnit, WeightFormat, pack_nibbles, read_u16, tile::TileSource, unpack_nibbles};
+use super::{
+    Format, Place, QuantizedUnit, WeightFormat, pack_nibbles, read_u16, tile::TileSource, unpack_nibbles,
+};
 use cuda_std::float::f16_to_f32;
 
 /// 6-bit weights in super-blocks of 256.
@@ -21,6 +23,7 @@ const SCALES: usize = HIGH + 4 * 8;
 const D: usize = SCALES + 4 * 2;
 
 impl WeightFormat for Q6_K {
+    const FORMAT: Format = Format::Q6_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 210;
     type Unit = QuantizedUnit<32, 2, false>;

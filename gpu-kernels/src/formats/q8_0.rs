@@ -1,6 +1,6 @@
 //! Q8_0: 32 signed bytes and one scale; `w = d * q` (llama.cpp, ggml-common.h).
 
-use super::{Place, QuantizedUnit, WeightFormat, read_u16, read_u32, tile::TileSource};
+use super::{Format, Place, QuantizedUnit, WeightFormat, read_u16, read_u32, tile::TileSource};
 use cuda_std::float::f16_to_f32;
 
 /// 8-bit weights, one scale per 32.
@@ -11,6 +11,7 @@ use cuda_std::float::f16_to_f32;
 pub struct Q8_0;
 
 impl WeightFormat for Q8_0 {
+    const FORMAT: Format = Format::Q8_0;
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 34;
     type Unit = QuantizedUnit<0, 1, false>;

@@ -123,7 +123,7 @@ impl Epilogue for StoreOrdered {
 
     #[inline(always)]
     unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
-        for (i, sum) in sums.into_iter().enumerate() {
+        let store = |i: usize, sum: f32| {
             let place = quad.number as usize * TILE_ROWS + i;
             if place < matrix.n_rows as usize {
                 let row = matrix.order.row_at(place);
@@ -133,7 +133,12 @@ impl Epilogue for StoreOrdered {
                     *self.y.add(row) = sum + bias;
                 }
             }
-        }
+        };
+        let [s0, s1, s2, s3] = sums;
+        store(0, s0);
+        store(1, s1);
+        store(2, s2);
+        store(3, s3);
     }
 }
 

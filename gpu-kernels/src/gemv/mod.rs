@@ -20,13 +20,14 @@ use cuda_std::float::{mul_add, rsqrt};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::launch::Kernel;
+use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
-use stream::{Deal, Share, Stream};
+use stream::{Deal, STAGES, Share, Stream};
 
 /// Most warps in a block: two blocks of them fit on a multiprocessor, so that the next kernel's starts beside this one's.
 pub const MAX_WARPS: u32 = 8;
@@ -47,7 +48,7 @@ pub struct MatrixRef {
     pub n_quads: u32,
     /// Bytes of a tile of 32 units.
     pub tile_bytes: u32,
-    /// Bytes of the last tile of a row, where it is shorter.
+    /// Bytes of the last tile of a row, which may be shorter.
     pub last_tile_bytes: u32,
     /// Bytes of a quad.
     pub quad_bytes: u32,
@@ -66,10 +67,9 @@ pub struct Schedule {
     pub turns: u32,
     /// The first so many blocks have a turn more.
     pub blocks_with_more: u32,
-    /// Tiles of a quad whose part of the vector fits into shared memory at once.
+    /// Tiles of a quad whose part of the vector fits into shared memory at once: all, unless the activations come in
+    /// slabs.
     pub slab_tiles: u32,
-    /// Tiles that a warp has in shared memory or on their way: one of [`stream::STAGES`].
-    pub stages: u32,
     /// Words of shared memory for a tile.
     pub stage_words: u32,
 }
@@ -98,7 +98,7 @@ impl Schedule {
         self.vector_words(unit_words)
             + SQUARES_WORDS
             + self.sums_words()
-            + n_warps * self.stages * self.stage_words
+            + n_warps * WarpCopies::<STAGES>::words(self.stage_words)
     }
 }
 
@@ -139,7 +139,27 @@ impl<F: WeightFormat> Dots for One<F> {
     }
 }
 
-/// Of tiles whose format may change from one to the next; it is the same for all lanes of the warp.
+/// Of tiles that have one of two formats; it is the same for all lanes of the warp.
+pub struct Either<F, G>(PhantomData<(F, G)>);
+
+impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
+    #[inline(always)]
+    fn dots<X: Activations>(
+        format: u32,
+        tile: SharedTile,
+        n_units: usize,
+        unit: usize,
+        x: &X::Unit,
+    ) -> [f32; 4] {
+        if format == F::FORMAT as u32 {
+            One::<F>::dots::<X>(format, tile, n_units, unit, x)
+        } else {
+            One::<G>::dots::<X>(format, tile, n_units, unit, x)
+        }
+    }
+}
+
+/// Of tiles of any format, which is the same for all lanes of the warp.
 pub struct Any;
 
 impl Dots for Any {
@@ -197,32 +217,33 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
     n_units: u32,
 ) {
     let lane = lane_id();
+    let (first, end) = (slab + share.first_tile, share.slab_end(slab));
+    if first >= end {
+        return;
+    }
     // The slab's part of the vector starts at the start of the memory.
     let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - slab * TILE_UNITS as u32);
+    let last_units = n_units - (share.n_tiles - 1) * TILE_UNITS as u32;
     // A lane beyond the vector reads some other unit, and uses none.
     let load = |tile: u32| {
         let unit = ((tile - slab) * TILE_UNITS as u32 + lane).min(slab_units - 1);
         X::load(memory, slab_units as usize, unit as usize)
     };
-    let (first, end) = (slab + share.first_tile, share.slab_end(slab));
     let mut loaded = first;
     let mut x = load(first);
     let (mut turn, mut tile) = (share.first_turn, first);
+    let mut format = deal.matrix(deal.quad(turn).part).format;
     let mut sums = [0.0f32; TILE_ROWS];
     while turn < share.turns {
-        let has_tile = tile < end;
-        if has_tile {
-            let format = deal.matrix(deal.quad(turn).part).format;
-            let source = stream.next_tile();
-            let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-            if loaded != tile {
-                x = load(tile);
-                loaded = tile;
-            }
-            if lane < tile_units {
-                let [s0, s1, s2, s3] = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x);
-                sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
-            }
+        let source = stream.next_tile();
+        let tile_units = if tile + 1 == share.n_tiles { last_units } else { TILE_UNITS as u32 };
+        if loaded != tile {
+            x = load(tile);
+            loaded = tile;
+        }
+        if lane < tile_units {
+            let [s0, s1, s2, s3] = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x);
+            sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
         }
         tile += share.tile_stride;
         // All lanes meet here after their last read of the tile: its place is free.
@@ -234,7 +255,7 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
                 // A turn's sums lie side by side, those of each warp of the group.
                 let warp_of_turn = turn * share.tile_stride + share.first_tile;
                 let at = (sums_at + warp_of_turn * TILE_ROWS as u32 + lane / 8) as usize;
-                if slab > 0 {
+                if X::IN_SLABS && slab > 0 {
                     sum += f32::from_bits(memory.get(at));
                 }
                 memory.set(at, sum.to_bits());
@@ -242,11 +263,10 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
             sums = [0.0; TILE_ROWS];
             tile = first;
             turn += share.n_groups;
+            format = deal.matrix(deal.quad(turn).part).format;
         }
-        if has_tile {
-            // SAFETY: the matrices are as they say.
-            unsafe { stream.refill() };
-        }
+        // SAFETY: the matrices are as they say.
+        unsafe { stream.refill() };
     }
 }
 
@@ -279,10 +299,11 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
     let squares = schedule.vector_words(X::UNIT_WORDS as u32);
     let sums_at = squares + SQUARES_WORDS;
-    let ring = sums_at + schedule.sums_words() + warp * schedule.stages * schedule.stage_words;
-    let mut stream = Stream::new(deal, share, schedule, n_units, memory, ring);
+    let ring_words = WarpCopies::<STAGES>::words(schedule.stage_words);
+    let ring = sums_at + schedule.sums_words() + warp * ring_words;
+    let mut stream = Stream::new(deal, share, memory, ring, schedule.stage_words);
     // SAFETY: the matrices are as they say.
-    unsafe { stream.fill() };
+    unsafe { stream.fill(0) };
 
     wait_for_previous();
     let_next_start();
@@ -301,6 +322,8 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         if slab > 0 {
             // The part of the vector before this one may still be read.
             sync_threads();
+            // SAFETY: the matrices are as they say.
+            unsafe { stream.fill(slab) };
         }
         let first_unit = slab * TILE_UNITS as u32;
         let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - first_unit);
@@ -313,6 +336,9 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
 
         // SAFETY: the caller's promise.
         unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
+        if !X::IN_SLABS {
+            break;
+        }
         slab += share.slab_tiles;
     }
     sync_threads();
@@ -340,120 +366,138 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     }
 }
 
+/// The kernels of a module for activations `$X` and products `$D`.
 macro_rules! define_kernels {
-    ($(#[$doc:meta])* $module:ident, $X:ident, $D:ty) => {
-        $(#[$doc])*
-        pub mod $module {
-            use super::*;
+    ($module:ident, $X:ident, $D:ty) => {
+        /// `y = W x`, `x` normalised first where the input says so.
+        ///
+        /// # Safety
+        /// The matrix, the input and the output are as their fields say, in device memory, and the matrix has the
+        /// module's format and its rows in natural order; the launch has the shared memory that
+        /// [`Schedule::shared_words`] gives, and the schedule is of the launch's grid.
+        ///
+        /// # Parameters
+        /// - `matrix`: `[n_rows, input.n]`
+        /// - `input`: the vector
+        /// - `schedule`: how the work is dealt out
+        /// - `output`: `y`
+        ///
+        /// # Thread mapping
+        /// Block `b` of `n` takes quads `b`, `b + n`, ...; groups of warps take one at a time, a warp every so many
+        /// tiles, a lane one unit of four rows; one thread finishes a quad.
+        #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+        pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
+            // SAFETY: the caller keeps the contract above, which is the one asked for.
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
+        }
 
-            /// `y = W x`, `x` normalised first where the input says so.
-            ///
-            /// # Safety
-            /// The matrix, the input and the output are as their fields say, in device memory, and the matrix has the
-            /// module's format and its rows in natural order; the launch has the shared memory that
-            /// [`Schedule::shared_words`] gives, and the schedule is of the launch's grid.
-            ///
-            /// # Parameters
-            /// - `matrix`: `[n_rows, input.n]`
-            /// - `input`: the vector
-            /// - `schedule`: how the work is dealt out
-            /// - `output`: `y`
-            ///
-            /// # Thread mapping
-            /// Block `b` of `n` takes quads `b`, `b + n`, ...; groups of warps take one at a time, a warp every so many
-            /// tiles, a lane one unit of four rows; one thread finishes a quad.
-            #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
-            pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
-                // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
-            }
+        /// `y += W x`.
+        ///
+        /// # Safety
+        /// As [`gemv`].
+        ///
+        /// # Parameters
+        /// As [`gemv`].
+        ///
+        /// # Thread mapping
+        /// As [`gemv`].
+        #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+        pub unsafe fn gemv_add(matrix: MatrixRef, input: Input, schedule: Schedule, output: Add) {
+            // SAFETY: the caller keeps the contract above, which is the one asked for.
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
+        }
 
-            /// `y += W x`.
-            ///
-            /// # Safety
-            /// As [`gemv`].
-            ///
-            /// # Parameters
-            /// As [`gemv`].
-            ///
-            /// # Thread mapping
-            /// As [`gemv`].
-            #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
-            pub unsafe fn gemv_add(matrix: MatrixRef, input: Input, schedule: Schedule, output: Add) {
-                // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
-            }
+        /// `y = silu(G x) * (U x)`: the first half of the feed-forward network.
+        ///
+        /// # Safety
+        /// As [`gemv`], with the rows in [`Order::Halves`](crate::rows::Order::Halves).
+        ///
+        /// # Parameters
+        /// - `matrix`: `[2 * n_ff, input.n]`, `G` above `U`
+        /// - `input`, `schedule`: as for [`gemv`]
+        /// - `output`: `y`
+        ///
+        /// # Thread mapping
+        /// As [`gemv`].
+        #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+        pub unsafe fn gemv_swiglu(matrix: MatrixRef, input: Input, schedule: Schedule, output: Swiglu) {
+            // SAFETY: the caller keeps the contract above, which is the one asked for.
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
+        }
 
-            /// `y = silu(G x) * (U x)`: the first half of the feed-forward network.
-            ///
-            /// # Safety
-            /// As [`gemv`], with the rows in [`Order::Halves`](crate::rows::Order::Halves).
-            ///
-            /// # Parameters
-            /// - `matrix`: `[2 * n_ff, input.n]`, `G` above `U`
-            /// - `input`, `schedule`: as for [`gemv`]
-            /// - `output`: `y`
-            ///
-            /// # Thread mapping
-            /// As [`gemv`].
-            #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
-            pub unsafe fn gemv_swiglu(matrix: MatrixRef, input: Input, schedule: Schedule, output: Swiglu) {
-                // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
-            }
+        /// The module's kernels.
+        #[cfg(not(target_arch = "nvptx64"))]
+        pub const KERNELS: Kernels = Kernels { gemv: &GEMV, gemv_add: &GEMV_ADD, gemv_swiglu: &GEMV_SWIGLU };
+    };
+}
 
-            /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended
-            /// to the cache.
-            ///
-            /// # Safety
-            /// As [`gemv`], for the three matrices, `q` and `k` in an order that has the two values of a rotated pair
-            /// side by side; the step's position is below the cache's `n_ctx`.
-            ///
-            /// # Parameters
-            /// - `q`: `[n_head * head_dim, input.n]`
-            /// - `k`, `v`: `[n_head_kv * head_dim, input.n]`
-            /// - `input`, `schedule`: as for [`gemv`]
-            /// - `output`: the queries, the cache, bias and rotation
-            ///
-            /// # Thread mapping
-            /// As [`gemv`].
-            #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
-            pub unsafe fn gemv_qkv(
-                q: MatrixRef,
-                k: MatrixRef,
-                v: MatrixRef,
-                input: Input,
-                schedule: Schedule,
-                output: Qkv,
-            ) {
-                // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$X, $D, _, 3>([q, k, v], input, schedule, output) }
-            }
-
-            /// The module's kernels.
-            #[cfg(not(target_arch = "nvptx64"))]
-            pub const KERNELS: Kernels = Kernels {
-                gemv: &GEMV,
-                gemv_add: &GEMV_ADD,
-                gemv_swiglu: &GEMV_SWIGLU,
-                gemv_qkv: &GEMV_QKV,
-            };
+macro_rules! define_qkv {
+    ($module:ident, $X:ident, $D:ty) => {
+        /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended to
+        /// the cache.
+        ///
+        /// # Safety
+        /// The matrices, the input and the output are as their fields say, in device memory; the matrices have the
+        /// module's formats, `q` and `k` in an order that has the two values of a rotated pair side by side; the
+        /// launch has the shared memory that [`Schedule::shared_words`] gives, and the schedule is of the launch's
+        /// grid; the step's position is below the cache's `n_ctx`.
+        ///
+        /// # Parameters
+        /// - `q`: `[n_head * head_dim, input.n]`
+        /// - `k`, `v`: `[n_head_kv * head_dim, input.n]`
+        /// - `input`: the vector
+        /// - `schedule`: how the work is dealt out
+        /// - `output`: the queries, the cache, bias and rotation
+        ///
+        /// # Thread mapping
+        /// As [`q4_k::gemv`](super::q4_k::gemv).
+        #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+        pub unsafe fn gemv_qkv(
+            q: MatrixRef,
+            k: MatrixRef,
+            v: MatrixRef,
+            input: Input,
+            schedule: Schedule,
+            output: Qkv,
+        ) {
+            // SAFETY: the caller keeps the contract above, which is the one asked for.
+            unsafe { run::<$X, $D, _, 3>([q, k, v], input, schedule, output) }
         }
     };
 }
-// The code of one format alone stays in the instruction caches from kernel to kernel.
-define_kernels! { /// Q8_1 activations, Q8_0 weights.
-q8_0, Q8_1, One<crate::formats::Q8_0> }
-define_kernels! { /// Q8_1 activations, Q4_1 weights.
-q4_1, Q8_1, One<crate::formats::Q4_1> }
-define_kernels! { /// Q8_1 activations, Q4_K weights.
-q4_k, Q8_1, One<crate::formats::Q4_K> }
-define_kernels! { /// Q8_1 activations, Q6_K weights.
-q6_k, Q8_1, One<crate::formats::Q6_K> }
-define_kernels! { /// Q8_1 activations, weights of any format, not the same for all matrices.
-mixed, Q8_1, Any }
-define_kernels! { /// f32 activations, weights of any format.
-exact, F32Vector, Any }
+
+/// A kernel for each format: the code of one alone stays in the instruction caches from launch to launch.
+macro_rules! define_format {
+    ($(($Type:ident, $module:ident))*) => {$(
+        #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
+        pub mod $module {
+            use super::*;
+            define_kernels!($module, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, Q8_1, One<crate::formats::$Type>);
+        }
+    )*};
+}
+define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
+
+/// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
+pub mod q4_k_m {
+    use super::*;
+    define_qkv!(q4_k_m, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+}
+
+/// Q8_1 activations, weights of any format.
+pub mod mixed {
+    use super::*;
+    define_kernels!(mixed, Q8_1, Any);
+    define_qkv!(mixed, Q8_1, Any);
+}
+
+/// f32 activations, weights of any format.
+pub mod exact {
+    use super::*;
+    define_kernels!(exact, F32Vector, Any);
+    define_qkv!(exact, F32Vector, Any);
+}
 
 macro_rules! define_ordered {
     ($(($suffix:ident, $X:ident))*) => {$(
@@ -494,18 +538,33 @@ pub struct Kernels {
     pub gemv_add: &'static Kernel<(MatrixRef, Input, Schedule, Add)>,
     /// `gemv_swiglu`.
     pub gemv_swiglu: &'static Kernel<(MatrixRef, Input, Schedule, Swiglu)>,
-    /// `gemv_qkv`.
-    pub gemv_qkv: &'static Kernel<(MatrixRef, MatrixRef, MatrixRef, Input, Schedule, Qkv)>,
 }
 
-/// The kernels for Q8_1 activations and weights of one format, or of several.
+/// The kernels for Q8_1 activations and weights of a format.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn kernels(format: Option<Format>) -> Kernels {
+pub fn kernels(format: Format) -> Kernels {
     match format {
-        Some(Format::Q8_0) => q8_0::KERNELS,
-        Some(Format::Q4_1) => q4_1::KERNELS,
-        Some(Format::Q4_K) => q4_k::KERNELS,
-        Some(Format::Q6_K) => q6_k::KERNELS,
-        Some(Format::F16 | Format::F32) | None => mixed::KERNELS,
+        Format::Q8_0 => q8_0::KERNELS,
+        Format::Q4_1 => q4_1::KERNELS,
+        Format::Q4_K => q4_k::KERNELS,
+        Format::Q6_K => q6_k::KERNELS,
+        Format::F16 | Format::F32 => mixed::KERNELS,
+    }
+}
+
+/// `gemv_qkv`.
+#[cfg(not(target_arch = "nvptx64"))]
+pub type QkvKernel = Kernel<(MatrixRef, MatrixRef, MatrixRef, Input, Schedule, Qkv)>;
+
+/// The kernel for Q8_1 activations and weights of these formats.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn qkv_kernel(formats: [Format; 3]) -> &'static QkvKernel {
+    match formats {
+        [Format::Q8_0, Format::Q8_0, Format::Q8_0] => &q8_0::GEMV_QKV,
+        [Format::Q4_1, Format::Q4_1, Format::Q4_1] => &q4_1::GEMV_QKV,
+        [Format::Q4_K, Format::Q4_K, Format::Q4_K] => &q4_k::GEMV_QKV,
+        [Format::Q6_K, Format::Q6_K, Format::Q6_K] => &q6_k::GEMV_QKV,
+        _ if formats.iter().all(|format| matches!(format, Format::Q4_K | Format::Q6_K)) => &q4_k_m::GEMV_QKV,
+        _ => &mixed::GEMV_QKV,
     }
 }

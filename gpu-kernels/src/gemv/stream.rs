@@ -1,16 +1,13 @@
 //! A warp's stream of tiles: a ring in shared memory that is kept full by asynchronous copies.
 
-use super::{MatrixRef, Schedule};
-use crate::formats::tile::{SharedTile, TILE_UNITS};
-use cuda_std::pipeline::{commit_copies, copy_async_u32x4, wait_copies};
+use super::MatrixRef;
+use crate::formats::tile::SharedTile;
+use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_idx_x, grid_dim_x};
-#[cfg(target_arch = "nvptx64")]
-use cuda_std::warp::{FULL_MASK, sync_warp};
-use cuda_std::warp::{WARP_SIZE, lane_id};
 
-/// How many tiles a warp can have in its ring, most first.
-pub const STAGES: [u32; 3] = [8, 4, 2];
+/// Tiles that a warp has in shared memory or on their way.
+pub const STAGES: u32 = 4;
 
 /// The matrices of a launch, one below the other, and how its quads are dealt out to the blocks: in turns, block `b`
 /// of `n` has quad `b + n * turn`.
@@ -85,143 +82,115 @@ impl Share {
     }
 }
 
-/// The tiles that a warp works on, in order: slab by slab of the vector, turn by turn, tile by tile.
+/// The tiles that a warp works on in one slab of the vector, in order: turn by turn, tile by tile.
 pub struct Stream<const N: usize> {
     deal: Deal<N>,
     share: Share,
-    stages: u32,
-    stage_words: u32,
-    n_units: u32,
+    copies: WarpCopies<STAGES>,
     memory: DynamicShared<u32>,
-    /// Where this warp's ring starts, in words.
-    ring: u32,
-    /// The place in the ring of what is worked on next.
-    here: u32,
-    /// The same of what is copied next, and which tile that is.
-    ahead: u32,
-    slab: u32,
-    turn: u32,
+    /// How many tiles have been worked on.
+    done: u32,
+    /// What is copied next: the tile, its slab's first and end, and the turn.
     tile: u32,
+    first: u32,
+    end: u32,
+    turn: u32,
+    /// The turn's quad and the bytes of its tiles.
+    quad: *const u8,
+    tile_bytes: u32,
+    last_tile_bytes: u32,
 }
 
 impl<const N: usize> Stream<N> {
     /// The stream of a warp whose ring starts at word `ring`; nothing is under way yet.
     #[inline(always)]
-    pub fn new(
-        deal: Deal<N>,
-        share: Share,
-        schedule: Schedule,
-        n_units: u32,
-        memory: DynamicShared<u32>,
-        ring: u32,
-    ) -> Self {
-        let Schedule { stages, stage_words, .. } = schedule;
-        let mut stream = Self {
+    pub fn new(deal: Deal<N>, share: Share, memory: DynamicShared<u32>, ring: u32, stage_words: u32) -> Self {
+        Self {
             deal,
             share,
-            stages,
-            stage_words,
-            n_units,
+            copies: WarpCopies::new(memory, ring, stage_words),
             memory,
-            ring,
-            here: ring,
-            ahead: ring,
-            slab: 0,
-            turn: share.first_turn,
-            tile: share.first_tile,
-        };
-        if share.first_turn >= share.turns {
-            stream.slab = share.n_tiles;
+            done: 0,
+            tile: 0,
+            first: 0,
+            end: 0,
+            turn: 0,
+            quad: core::ptr::null(),
+            tile_bytes: 0,
+            last_tile_bytes: 0,
         }
-        stream
     }
 
-    /// Starts as many copies as the ring has places.
+    /// Begins with the slab that starts at tile `slab`: starts as many copies as the ring has places.
     ///
     /// # Safety
     /// The matrices must be as they say.
     #[inline(always)]
-    pub unsafe fn fill(&mut self) {
-        for _ in 0..self.stages {
+    pub unsafe fn fill(&mut self, slab: u32) {
+        self.first = slab + self.share.first_tile;
+        self.end = self.share.slab_end(slab);
+        self.tile = self.first;
+        self.turn = if self.first < self.end { self.share.first_turn } else { self.share.turns };
+        self.find_quad();
+        let mut stage = 0;
+        while stage < STAGES {
             // SAFETY: the caller's promise.
-            unsafe { self.refill() };
+            unsafe { self.start(self.done + stage) };
+            stage += 1;
         }
     }
 
-    /// Starts copying the next tile, if there is one, to the place that was worked on longest ago. All lanes must have
-    /// read what is there, and met since.
+    /// Looks up the quad of the turn.
+    #[inline(always)]
+    fn find_quad(&mut self) {
+        if self.turn < self.share.turns {
+            let quad = self.deal.quad(self.turn);
+            let matrix = self.deal.matrix(quad.part);
+            let offset = u64::from(quad.number) * u64::from(matrix.quad_bytes);
+            self.quad = matrix.tiles.wrapping_add(offset as usize);
+            (self.tile_bytes, self.last_tile_bytes) = (matrix.tile_bytes, matrix.last_tile_bytes);
+        }
+    }
+
+    /// Starts copying the next tile, if there is one, as copy `n`.
     ///
     /// # Safety
     /// As [`fill`](Self::fill).
     #[inline(always)]
-    pub unsafe fn refill(&mut self) {
-        if self.slab < self.share.n_tiles {
-            // SAFETY: the caller's promise.
-            unsafe { self.copy() };
-            self.ahead = self.after(self.ahead);
+    unsafe fn start(&mut self, n: u32) {
+        if self.turn < self.share.turns {
+            let is_last = self.tile + 1 == self.share.n_tiles;
+            let bytes = if is_last { self.last_tile_bytes } else { self.tile_bytes };
+            let offset = u64::from(self.tile) * u64::from(self.tile_bytes);
+            // SAFETY: the tile is inside the matrix, and fits a place of the ring.
+            unsafe { self.copies.start(n, self.quad.wrapping_add(offset as usize), bytes) };
             self.tile += self.share.tile_stride;
-            if self.tile >= self.share.slab_end(self.slab) {
+            if self.tile >= self.end {
+                self.tile = self.first;
                 self.turn += self.share.n_groups;
-                if self.turn >= self.share.turns {
-                    self.turn = self.share.first_turn;
-                    self.slab += self.share.slab_tiles;
-                    if self.slab + self.share.first_tile >= self.share.n_tiles {
-                        self.slab = self.share.n_tiles;
-                    }
-                }
-                self.tile = self.slab + self.share.first_tile;
+                self.find_quad();
             }
-        }
-        // Also where nothing was copied: groups are counted.
-        commit_copies();
-    }
-
-    /// Starts the copies of one tile, 16 bytes each.
-    ///
-    /// # Safety
-    /// As [`fill`](Self::fill).
-    #[inline(always)]
-    unsafe fn copy(&self) {
-        let quad = self.deal.quad(self.turn);
-        let matrix = self.deal.matrix(quad.part);
-        let is_whole = (self.tile + 1) * TILE_UNITS as u32 <= self.n_units;
-        let bytes = if is_whole { matrix.tile_bytes } else { matrix.last_tile_bytes };
-        let start = u64::from(quad.number) * u64::from(matrix.quad_bytes)
-            + u64::from(self.tile) * u64::from(matrix.tile_bytes);
-        let from = matrix.tiles.wrapping_add(start as usize);
-        let mut at = lane_id() * 16;
-        while at < bytes {
-            // SAFETY: the piece is inside the tile, which is inside the matrix, and starts at a multiple of 16.
-            unsafe {
-                let piece = from.add(at as usize).cast();
-                copy_async_u32x4(self.memory, (self.ahead + at / 4) as usize, piece);
-            }
-            at += WARP_SIZE * 16;
+        } else {
+            self.copies.skip();
         }
     }
 
     /// Waits for the next tile and says where it is.
     #[inline(always)]
-    pub fn next_tile(&mut self) -> SharedTile {
-        // How many groups may be pending is part of the instruction.
-        match self.stages {
-            2 => wait_copies::<1>(),
-            4 => wait_copies::<3>(),
-            _ => wait_copies::<7>(),
-        }
-        // Each lane has waited for its own pieces. On the emulator they came when the copy was started, and the warp
-        // has met since.
-        #[cfg(target_arch = "nvptx64")]
-        sync_warp(FULL_MASK);
-        let tile = SharedTile { memory: self.memory, start: self.here as usize };
-        self.here = self.after(self.here);
-        tile
+    pub fn next_tile(&self) -> SharedTile {
+        self.copies.wait(self.done);
+        SharedTile { memory: self.memory, start: self.copies.place(self.done) as usize }
     }
 
-    /// The place in the ring after this one.
+    /// Gives back the place of the tile that was worked on, and starts the next copy to it. All lanes must have read
+    /// what is there, and met since.
+    ///
+    /// # Safety
+    /// As [`fill`](Self::fill).
     #[inline(always)]
-    fn after(&self, place: u32) -> u32 {
-        let next = place + self.stage_words;
-        if next == self.ring + self.stages * self.stage_words { self.ring } else { next }
+    pub unsafe fn refill(&mut self) {
+        // SAFETY: the caller's promise.
+        unsafe { self.start(self.done + STAGES) };
+        self.done += 1;
     }
 }

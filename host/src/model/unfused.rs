@@ -76,20 +76,22 @@ pub(super) fn layer(
     probe.after(Op::FfnNorm, index, device, &u.normed)?;
     let normed = input(device, activations, &u.normed, &mut u.normed_q8)?;
     let ffn = &mut b.ffn;
-    match &weights.ffn_gate_up {
-        GateUp::Joined(matrix) => ops::gemv(device, matrix, normed, None, Output::Set(&mut ffn.gate_up))?,
-        GateUp::Apart { gate, up } => {
-            let (n_gate, n_up) = (gate.n_rows(), up.n_rows());
-            let mut halves = [ffn.gate_up.part(0..n_gate), ffn.gate_up.part(n_gate..n_gate + n_up)];
-            ops::gemv(device, gate, normed, None, Output::Set(&mut halves[0]))?;
-            ops::gemv(device, up, normed, None, Output::Set(&mut halves[1]))?;
-        }
-    }
     let n_ff = ffn.hidden.len();
-    let mut gate = ffn.gate_up.part(0..n_ff);
-    ops::swiglu(device, &mut gate, &ffn.gate_up.part(n_ff..2 * n_ff))?;
-    probe.after(Op::FfnSwiglu, index, device, &gate)?;
-    let hidden = input(device, activations, &gate, &mut ffn.hidden_q8)?;
+    let (mut hidden, up_values) = match &weights.ffn_gate_up {
+        GateUp::Joined(matrix) => {
+            ops::gemv(device, matrix, normed, None, Output::Set(&mut ffn.gate_up))?;
+            (ffn.gate_up.part(0..n_ff), ffn.gate_up.part(n_ff..2 * n_ff))
+        }
+        GateUp::Apart { gate, up } => {
+            let mut up_values = ffn.gate_up.part(0..n_ff);
+            ops::gemv(device, gate, normed, None, Output::Set(&mut ffn.hidden))?;
+            ops::gemv(device, up, normed, None, Output::Set(&mut up_values))?;
+            (ffn.hidden.part(0..n_ff), up_values)
+        }
+    };
+    ops::swiglu(device, &mut hidden, &up_values)?;
+    probe.after(Op::FfnSwiglu, index, device, &hidden)?;
+    let hidden = input(device, activations, &hidden, &mut ffn.hidden_q8)?;
     ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x))?;
     probe.after(Op::FfnOutput, index, device, &b.x)
 }

@@ -1,9 +1,10 @@
 //! Launchers of the matrix-vector products.
 
-use super::{Input, KvLayer, Matrix, Norm, Rope, at_least, dim, launch_1d};
+use super::{Input, KvLayer, Matrix, Norm, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
 use cuda_std::launch::{Kernel, LaunchConfig};
+use cuda_std::pipeline::WarpCopies;
 use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::TILE_UNITS;
@@ -34,29 +35,29 @@ pub enum Output<'a> {
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
     let input = input("gemv", weights, x, norm)?;
     let (schedule, config) = schedule(device, &[weights], x.is_exact())?;
-    let kernels = kernels(&[weights], x);
+    let kernels = kernels(weights, x);
     let matrix = weights.as_ref()?;
     let is_natural = weights.order() == RowOrder::NATURAL;
     let ordered_output = match output {
         Output::Set(y) if is_natural => {
-            at_least("gemv", "y", y, weights.n_rows())?;
+            aligned("gemv", "y", y, weights.n_rows())?;
             let output = Store { y: y.as_mut_ptr() };
             // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
             return unsafe { device.launch(kernels.gemv, config, (matrix, input, schedule, output)) };
         }
         Output::Add(y) => {
-            at_least("gemv", "y", y, weights.n_rows())?;
+            aligned("gemv", "y", y, weights.n_rows())?;
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
             let output = Add { y: y.as_mut_ptr() };
             // SAFETY: as above.
             return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
         }
         Output::Set(y) => {
-            at_least("gemv", "y", y, weights.n_rows())?;
+            aligned("gemv", "y", y, weights.n_rows())?;
             StoreOrdered { y: y.as_mut_ptr(), bias: ptr::null() }
         }
         Output::SetBiased(y, bias) => {
-            at_least("gemv", "y", y, weights.n_rows())?;
+            aligned("gemv", "y", y, weights.n_rows())?;
             at_least("gemv", "bias", bias, weights.n_rows())?;
             StoreOrdered { y: y.as_mut_ptr(), bias: bias.as_ptr() }
         }
@@ -65,13 +66,9 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
 }
 
-/// The kernels for an input and matrices.
-fn kernels(matrices: &[&Matrix], x: Input) -> Kernels {
-    if x.is_exact() {
-        return kernels::exact::KERNELS;
-    }
-    let format = matrices[0].format();
-    kernels::kernels(matrices.iter().all(|matrix| matrix.format() == format).then_some(format))
+/// The kernels for an input and a matrix.
+fn kernels(matrix: &Matrix, x: Input) -> Kernels {
+    if x.is_exact() { kernels::exact::KERNELS } else { kernels::kernels(matrix.format()) }
 }
 
 /// The kernel for rows in any order.
@@ -99,7 +96,7 @@ pub fn gemv_swiglu(
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
     let (schedule, config) = schedule(device, &[gate_up], x.is_exact())?;
-    let kernel = kernels(&[gate_up], x).gemv_swiglu;
+    let kernel = kernels(gate_up, x).gemv_swiglu;
     let output = Swiglu { y: y.as_mut_ptr() };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
     unsafe { device.launch(kernel, config, (gate_up.as_ref()?, input, schedule, output)) }
@@ -186,7 +183,10 @@ pub fn gemv_qkv(
         },
     };
     let (schedule, config) = schedule(device, &weights.matrices, x.is_exact())?;
-    let kernel = kernels(&weights.matrices, x).gemv_qkv;
+    let kernel = match x.is_exact() {
+        true => &kernels::exact::GEMV_QKV,
+        false => kernels::qkv_kernel(weights.matrices.map(Matrix::format)),
+    };
     let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
     // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.
     unsafe { device.launch(kernel, config, arguments) }
@@ -211,7 +211,10 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
         eps: 0.0,
     };
     match x {
-        Input::F32(values) | Input::Quantized(values) => input.values = values.as_ptr(),
+        Input::F32(values) | Input::Quantized(values) => {
+            aligned(operation, "x", values, x.len())?;
+            input.values = values.as_ptr();
+        }
         Input::Q8_1(vector) => {
             ensure!(norm.is_none(), "{operation}: a vector in Q8_1 cannot be normalised");
             let blocks = vector.len().div_ceil(Q8_1_BLOCK);
@@ -228,6 +231,7 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
             norm.gamma.len(),
             x.len()
         );
+        aligned(operation, "gamma", norm.gamma, x.len())?;
         input.gamma = norm.gamma.as_ptr();
         input.eps = norm.eps;
     }
@@ -240,7 +244,10 @@ const SUMS_BYTES: usize = 16 << 10;
 /// Deals out the work: one block per multiprocessor, of which each has its share of quads, and as many tiles on their
 /// way as fit into half of a multiprocessor's shared memory, so that the next kernel's block starts beside this one's.
 fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Schedule, LaunchConfig)> {
-    let unit_words = if is_exact { F32Vector::UNIT_WORDS } else { Q8_1::UNIT_WORDS };
+    let (unit_words, in_slabs) = match is_exact {
+        true => (F32Vector::UNIT_WORDS, F32Vector::IN_SLABS),
+        false => (Q8_1::UNIT_WORDS, Q8_1::IN_SLABS),
+    };
     let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
     let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
     let stage_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0);
@@ -250,21 +257,20 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
     // On the CPU the threads of a block take turns: more of them only cost.
     let most_warps = if device.is_cuda() { MAX_WARPS as usize } else { 4 };
 
-    // What fits: rather fewer warps than fewer than two stages, rather parts of the vector than one warp.
-    let fit = |n_warps: usize, slab_tiles: usize, room: usize| {
+    // What fits: rather fewer warps than parts of the vector.
+    let ring = 4 * WarpCopies::<STAGES>::words(dim(stage_bytes / 4)?) as usize;
+    let fits = |n_warps: usize, slab_tiles: usize, room: usize| {
         let vector = slab_tiles * TILE_UNITS * unit_words * 4;
-        let left = room.checked_sub(vector + SUMS_BYTES + 1024)?;
-        let stages = STAGES.into_iter().find(|&stages| left >= n_warps * stage_bytes * stages as usize)?;
-        Some((n_warps, slab_tiles, stages))
+        vector + SUMS_BYTES + 1024 + n_warps * ring <= room
     };
-    let choices = [(most_warps, n_tiles, half), (most_warps, n_tiles, whole)];
-    let fewer = (1..n_tiles.ilog2() + 1).map(|i| n_tiles.div_ceil(1 << i));
-    let fewer = fewer.flat_map(|slab_tiles| [(most_warps, slab_tiles, whole), (2, slab_tiles, whole)]);
-    let all = choices.into_iter().chain([(2, n_tiles, whole)]).chain(fewer);
-    let fitting = all.into_iter().find_map(|(n_warps, slab_tiles, room)| fit(n_warps, slab_tiles, room));
-    let Some((n_warps, slab_tiles, stages)) = fitting else {
+    let warps = || (0..=most_warps.ilog2()).rev().map(|log| 1 << log);
+    let slabs = (0..=if in_slabs { n_tiles.ilog2() } else { 0 }).map(|log| n_tiles.div_ceil(1 << log));
+    let choices = slabs.flat_map(|slab_tiles| warps().map(move |n_warps| (n_warps, slab_tiles, whole)));
+    let mut choices = [(most_warps, n_tiles, half)].into_iter().chain(choices);
+    let Some((n_warps, slab_tiles, _)) = choices.find(|&(warps, tiles, room)| fits(warps, tiles, room))
+    else {
         anyhow::bail!(
-            "gemv: {whole} bytes of shared memory do not hold two tiles of {stage_bytes} bytes and their part of a vector"
+            "gemv: {whole} bytes of shared memory do not hold {STAGES} tiles of {stage_bytes} bytes and their part of a vector"
         );
     };
 
@@ -285,7 +291,6 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
         turns: dim(n_quads / n_blocks)?,
         blocks_with_more: dim(n_quads % n_blocks)?,
         slab_tiles: dim(slab_tiles)?,
-        stages,
         stage_words: dim(stage_bytes / 4)?,
     };
     let mut config = launch_1d(n_blocks, 32 * n_warps)?;

@@ -92,7 +92,7 @@ impl Matrix {
             n_rows: dim(self.n_rows)?,
             n_quads: dim(self.n_quads())?,
             tile_bytes: dim(self.geometry.tile_bytes)?,
-            last_tile_bytes: dim(self.geometry.last_tile_bytes)?,
+            last_tile_bytes: dim(self.geometry.bytes_of(self.geometry.n_tiles() - 1))?,
             quad_bytes: dim(self.geometry.quad_bytes())?,
             order: self.order,
         })

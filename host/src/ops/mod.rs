@@ -40,3 +40,14 @@ fn at_least<T: Pod>(operation: &str, name: &str, buffer: &Buffer<T>, needed: usi
     );
     Ok(())
 }
+
+/// Refuses a buffer that is shorter than an operation needs, or a part of one that it cannot read 16 bytes at a time.
+fn aligned<T: Pod>(operation: &str, name: &str, buffer: &Buffer<T>, needed: usize) -> Result<()> {
+    at_least(operation, name, buffer, needed)?;
+    ensure!(
+        buffer.as_ptr().addr().is_multiple_of(16),
+        "{operation}: {name} starts at {:p}, needed a multiple of 16 bytes",
+        buffer.as_ptr()
+    );
+    Ok(())
+}
