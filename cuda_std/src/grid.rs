@@ -2,11 +2,10 @@
 //!
 //! Where the launch allows it, a kernel may start while the one before it still runs. It can then do what depends on
 //! nothing (fetch weights, set up shared memory) until [`wait_for_previous`], after which everything that earlier
-//! kernels wrote is there. A kernel that calls [`let_next_start`] only after it has waited keeps a simple rule for
-//! the one that follows: whatever ran before its direct predecessor is complete from the start.
+//! kernels wrote is there: the one before it has ended, and so has whatever that one waited for.
 //!
-//! Every thread of a kernel launched this way must reach [`wait_for_previous`], also one with nothing to do: the
-//! grid counts as complete once its threads have ended, and the kernel after it relies on that for all before.
+//! Every thread of a kernel launched this way must reach [`wait_for_previous`], also one with nothing to do. Nothing
+//! that another kernel writes may be touched before: several kernels that follow each other may be under way at once.
 //!
 //! GPUs older than compute capability 9.0 and the emulator run kernels one after the other; both calls do nothing.
 
@@ -20,7 +19,7 @@ pub fn wait_for_previous() {
     }
 }
 
-/// Allows the next kernel to start once all blocks of this one have said so, or have ended.
+/// Allows the next kernel to start once all blocks of this one have said so, or have ended; best said early.
 #[inline(always)]
 pub fn let_next_start() {
     // SAFETY: a hint to the scheduler.

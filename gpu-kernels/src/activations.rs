@@ -54,6 +54,9 @@ pub fn quantize(values: [f32; VALUES_PER_THREAD]) -> Quantized {
 pub trait Activations: Copy {
     /// Words of shared memory for a unit.
     const UNIT_WORDS: usize;
+    /// Most warps in a block: as many as leave registers for two blocks on a multiprocessor, so that the next kernel's
+    /// block starts beside this one's.
+    const MAX_WARPS: u32;
     /// Whether a vector may be too long for shared memory, and is then taken in slabs.
     const IN_SLABS: bool;
     /// What a lane holds of it for one unit of weights.
@@ -66,8 +69,8 @@ pub trait Activations: Copy {
     /// Reads a unit.
     fn load(memory: DynamicShared<u32>, n_units: usize, unit: usize) -> Self::Unit;
 
-    /// The dot product of a unit of weights with the same columns of the vector.
-    fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit) -> f32;
+    /// `sum` plus the dot product of a unit of weights with the same columns of the vector.
+    fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit, sum: f32) -> f32;
 }
 
 /// Q8_1: planes of the units' first and second 16 integers, and one of their factors, 36 bytes a unit. The sums are
@@ -102,6 +105,7 @@ impl Q8_1 {
 
 impl Activations for Q8_1 {
     const UNIT_WORDS: usize = UNIT_WORDS + 1;
+    const MAX_WARPS: u32 = 12;
     const IN_SLABS: bool = false;
     type Unit = Q8_1Unit;
 
@@ -123,8 +127,8 @@ impl Activations for Q8_1 {
     }
 
     #[inline(always)]
-    fn dot<W: WeightUnit>(weights: &W, x: &Q8_1Unit) -> f32 {
-        weights.dot_q8_1(x)
+    fn dot<W: WeightUnit>(weights: &W, x: &Q8_1Unit, sum: f32) -> f32 {
+        weights.dot_q8_1(x, sum)
     }
 }
 
@@ -142,6 +146,7 @@ pub struct F32Unit {
 
 impl Activations for F32Vector {
     const UNIT_WORDS: usize = UNIT;
+    const MAX_WARPS: u32 = 8;
     const IN_SLABS: bool = true;
     type Unit = F32Unit;
 
@@ -159,15 +164,15 @@ impl Activations for F32Vector {
     }
 
     #[inline(always)]
-    fn dot<W: WeightUnit>(weights: &W, x: &F32Unit) -> f32 {
+    fn dot<W: WeightUnit>(weights: &W, x: &F32Unit, sum: f32) -> f32 {
         let w = weights.dequantize();
-        let mut sum = 0.0;
+        let (before, mut sum) = (sum, 0.0);
         for part in 0..UNIT_WORDS {
             let values = x.memory.get4((part * x.n_units + x.unit) * 4).map(f32::from_bits);
             for i in 0..4 {
                 sum = mul_add(w[4 * part + i], values[i], sum);
             }
         }
-        sum
+        before + sum
     }
 }

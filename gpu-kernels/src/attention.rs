@@ -112,8 +112,8 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     let (group, first_dim) = (warp * per_warp + lane / a.lanes, lane % a.lanes * DIMS as u32);
     let has_dims = first_dim < a.head_dim;
 
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
 
     // SAFETY: the caller vouches for the step.
     let length = unsafe { (*a.step).position } + 1;

@@ -38,8 +38,8 @@ pub unsafe fn embed(
     rotation: *mut [f32; 2],
     n_pairs: u32,
 ) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     let (index, n_embd) = (index_1d() as usize, n_embd as usize);
     // SAFETY: the caller vouches for the step; each thread writes its own pair.
     let step = unsafe {

@@ -466,8 +466,8 @@ pub unsafe fn sample(
     chosen: *mut u32,
     n_places: u32,
 ) {
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     let maxima = shared_array!(SAMPLE_MAXIMA: [f32; 32]);
     let indices = shared_array!(SAMPLE_INDICES: [i32; 32]);
     let sums = Sums {

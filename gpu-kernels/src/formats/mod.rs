@@ -26,7 +26,7 @@ pub use q8_0::Q8_0;
 use crate::activations::Q8_1Unit;
 use cuda_std::float::mul_add;
 use cuda_std::intrinsics::dp4a;
-use cuda_std::intrinsics::dp4a_sum;
+use cuda_std::intrinsics::{dp4a_nibbles, dp4a_sum};
 use tile::TileSource;
 
 /// Columns in a unit: what a lane works on at a time, and as many as a Q8_1 block has.
@@ -105,51 +105,67 @@ pub trait WeightUnit {
     /// The weights.
     fn dequantize(&self) -> [f32; UNIT];
 
-    /// The dot product with the same columns of a Q8_1 vector.
-    fn dot_q8_1(&self, x: &Q8_1Unit) -> f32;
+    /// `sum` plus the dot product with the same columns of a Q8_1 vector.
+    fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32;
 }
 
-/// A unit of an integer format: `w = scale * (q - OFFSET) - min`, with one scale or with one for each half.
+/// A unit of a 4-bit format: `w = scale * q - min`.
 #[derive(Clone, Copy, Debug)]
-pub struct QuantizedUnit<const OFFSET: i32, const SCALES: usize, const HAS_MIN: bool> {
-    /// The integers, four signed bytes to a word, lowest column in the lowest byte.
-    pub quants: [i32; UNIT_WORDS],
-    /// The factors.
-    pub scales: [f32; SCALES],
+pub struct NibbleUnit {
+    /// Byte `i` holds weight `i` below and weight `i + 16` above.
+    pub nibbles: [u32; 4],
+    /// The factor.
+    pub scale: f32,
     /// What is subtracted from each weight.
     pub min: f32,
 }
 
-impl<const OFFSET: i32, const SCALES: usize, const HAS_MIN: bool> WeightUnit
-    for QuantizedUnit<OFFSET, SCALES, HAS_MIN>
-{
+impl WeightUnit for NibbleUnit {
+    #[inline(always)]
+    fn dequantize(&self) -> [f32; UNIT] {
+        let words = unpack_nibbles(self.nibbles);
+        core::array::from_fn(|i| self.scale * (words[i / 4] >> (8 * (i % 4)) & 15) as f32 - self.min)
+    }
+
+    /// `scale * d8 * dot(q, q8) - min * d8 * sum(q8)`.
+    #[inline(always)]
+    fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
+        let dot = dp4a_nibbles(self.nibbles, x.quants);
+        mul_add(-self.min, x.d_sum, mul_add(self.scale, x.d * dot as f32, sum))
+    }
+}
+
+/// A unit of an integer format: `w = scale * (q - OFFSET)`, with one scale or with one for each half.
+#[derive(Clone, Copy, Debug)]
+pub struct IntegerUnit<const OFFSET: i32, const SCALES: usize> {
+    /// The integers, four signed bytes to a word, lowest column in the lowest byte.
+    pub quants: [i32; UNIT_WORDS],
+    /// The factors.
+    pub scales: [f32; SCALES],
+}
+
+impl<const OFFSET: i32, const SCALES: usize> WeightUnit for IntegerUnit<OFFSET, SCALES> {
     #[inline(always)]
     fn dequantize(&self) -> [f32; UNIT] {
         core::array::from_fn(|i| {
             let q = (self.quants[i / 4] >> (8 * (i % 4))) as i8;
-            let w = self.scales[i * SCALES / UNIT] * (i32::from(q) - OFFSET) as f32;
-            if HAS_MIN { w - self.min } else { w }
+            self.scales[i * SCALES / UNIT] * (i32::from(q) - OFFSET) as f32
         })
     }
 
-    /// `scale * d8 * dot(q - OFFSET, q8)` for each scale, less `min * d8 * sum(q8)`.
+    /// `scale * d8 * dot(q - OFFSET, q8)` for each scale.
     #[inline(always)]
-    fn dot_q8_1(&self, x: &Q8_1Unit) -> f32 {
+    fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
         let [q0, q1, q2, q3, q4, q5, q6, q7] = self.quants;
         let [x0, x1, x2, x3, x4, x5, x6, x7] = x.quants;
-        let mut sum;
+        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3]) - OFFSET * x.sums[0];
+        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7]) - OFFSET * x.sums[1];
         if SCALES == 1 {
-            let dot = dp4a_sum([q0, q1, q2, q3, q4, q5, q6, q7], x.quants) - OFFSET * (x.sums[0] + x.sums[1]);
-            sum = self.scales[0] * (x.d * dot as f32);
+            mul_add(self.scales[0], x.d * (low + high) as f32, sum)
         } else {
-            let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3]) - OFFSET * x.sums[0];
-            let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7]) - OFFSET * x.sums[1];
-            sum = x.d * mul_add(self.scales[0], low as f32, self.scales[SCALES - 1] * high as f32);
+            let both = mul_add(self.scales[0], low as f32, self.scales[SCALES - 1] * high as f32);
+            mul_add(x.d, both, sum)
         }
-        if HAS_MIN {
-            sum = mul_add(-self.min, x.d_sum, sum);
-        }
-        sum
     }
 }
 
@@ -167,12 +183,12 @@ impl WeightUnit for FloatUnit {
     }
 
     #[inline(always)]
-    fn dot_q8_1(&self, x: &Q8_1Unit) -> f32 {
+    fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
         let mut dot = 0.0;
         for (i, &w) in self.0.iter().enumerate() {
             dot = mul_add(w, f32::from((x.quants[i / 4] >> (8 * (i % 4))) as i8), dot);
         }
-        x.d * dot
+        mul_add(x.d, dot, sum)
     }
 }
 

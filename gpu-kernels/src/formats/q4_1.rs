@@ -1,6 +1,6 @@
 //! Q4_1: 32 nibbles, a scale and a minimum; `w = d * q + m` (llama.cpp, ggml-common.h).
 
-use super::{Format, Place, QuantizedUnit, WeightFormat, read_u32, tile::TileSource, unpack_nibbles};
+use super::{Format, NibbleUnit, Place, WeightFormat, read_u32, tile::TileSource};
 use cuda_std::float::f16_to_f32;
 
 /// 4-bit weights, one scale and minimum per 32.
@@ -14,7 +14,7 @@ impl WeightFormat for Q4_1 {
     const FORMAT: Format = Format::Q4_1;
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 20;
-    type Unit = QuantizedUnit<0, 1, true>;
+    type Unit = NibbleUnit;
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
@@ -36,9 +36,9 @@ impl WeightFormat for Q4_1 {
     fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
         let nibbles = tile.u32x4(place.index() * 16);
         let scale_and_min = tile.u32(4 * place.n_units * 16 + place.index() * 4);
-        QuantizedUnit {
-            quants: unpack_nibbles(nibbles),
-            scales: [f16_to_f32(scale_and_min as u16)],
+        NibbleUnit {
+            nibbles,
+            scale: f16_to_f32(scale_and_min as u16),
             min: -f16_to_f32((scale_and_min >> 16) as u16),
         }
     }

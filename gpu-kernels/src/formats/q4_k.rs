@@ -1,9 +1,7 @@
 //! Q4_K: 256 nibbles in eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum;
 //! `w = d * sc * q - dmin * m` (llama.cpp, ggml-common.h).
 
-use super::{
-    Format, Place, QuantizedUnit, WeightFormat, pack_nibbles, read_u32, tile::TileSource, unpack_nibbles,
-};
+use super::{Format, NibbleUnit, Place, WeightFormat, pack_nibbles, read_u32, tile::TileSource};
 use cuda_std::float::f16_to_f32;
 
 /// 4-bit weights in super-blocks of 256.
@@ -34,7 +32,7 @@ impl WeightFormat for Q4_K {
     const FORMAT: Format = Format::Q4_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 144;
-    type Unit = QuantizedUnit<0, 1, true>;
+    type Unit = NibbleUnit;
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
@@ -74,6 +72,6 @@ impl WeightFormat for Q4_K {
         let scale = (head[1] >> shift) & 15 | (high << 4) & 0x30;
         let min = (head[2] >> shift) & 15 | (high << 2) & 0x30;
         let (d, dmin) = (f16_to_f32(head[0] as u16), f16_to_f32((head[0] >> 16) as u16));
-        QuantizedUnit { quants: unpack_nibbles(nibbles), scales: [d * scale as f32], min: dmin * min as f32 }
+        NibbleUnit { nibbles, scale: d * scale as f32, min: dmin * min as f32 }
     }
 }

@@ -2,7 +2,7 @@
 //! (llama.cpp, ggml-common.h).
 
 use super::{
-    Format, Place, QuantizedUnit, WeightFormat, pack_nibbles, read_u16, tile::TileSource, unpack_nibbles,
+    Format, IntegerUnit, Place, WeightFormat, pack_nibbles, read_u16, tile::TileSource, unpack_nibbles,
 };
 use cuda_std::float::f16_to_f32;
 
@@ -26,7 +26,7 @@ impl WeightFormat for Q6_K {
     const FORMAT: Format = Format::Q6_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 210;
-    type Unit = QuantizedUnit<32, 2, false>;
+    type Unit = IntegerUnit<32, 2>;
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
@@ -68,7 +68,7 @@ impl WeightFormat for Q6_K {
         let high = tile.u32x2(place.n_units * HIGH + place.index() * 8);
         let scales = tile.u16(place.n_units * SCALES + place.index() * 2);
         let d = f16_to_f32(tile.u16(place.n_units * D + place.block_of_8() * 2));
-        QuantizedUnit {
+        IntegerUnit {
             quants: core::array::from_fn(|i| {
                 let (word, k) = (high[i / 4], i % 4);
                 // Bits 2k go to bit 4: by shifts that are known at compile time.
@@ -76,7 +76,6 @@ impl WeightFormat for Q6_K {
                 nibbles[i] | (aligned & 0x3030_3030) as i32
             }),
             scales: [d * f32::from(scales as i8), d * f32::from((scales >> 8) as i8)],
-            min: 0.0,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Q8_0: 32 signed bytes and one scale; `w = d * q` (llama.cpp, ggml-common.h).
 
-use super::{Format, Place, QuantizedUnit, WeightFormat, read_u16, read_u32, tile::TileSource};
+use super::{Format, IntegerUnit, Place, WeightFormat, read_u16, read_u32, tile::TileSource};
 use cuda_std::float::f16_to_f32;
 
 /// 8-bit weights, one scale per 32.
@@ -14,7 +14,7 @@ impl WeightFormat for Q8_0 {
     const FORMAT: Format = Format::Q8_0;
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 34;
-    type Unit = QuantizedUnit<0, 1, false>;
+    type Unit = IntegerUnit<0, 1>;
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
@@ -38,10 +38,9 @@ impl WeightFormat for Q8_0 {
     fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
         let (first, plane) = (place.index(), 4 * place.n_units);
         let (low, high) = (tile.u32x4(first * 16), tile.u32x4((plane + first) * 16));
-        QuantizedUnit {
+        IntegerUnit {
             quants: core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32),
             scales: [f16_to_f32(tile.u16(2 * plane * 16 + first * 2))],
-            min: 0.0,
         }
     }
 }

@@ -12,6 +12,8 @@ use half::f16;
 
 /// What finishes a quad.
 pub trait Epilogue: Copy {
+    /// Whether the input may have to be normalised.
+    const NORMALISES: bool;
     /// What it fetches beforehand.
     type Prepared: Copy + Default;
 
@@ -63,6 +65,7 @@ unsafe fn store(y: *mut f32, quad: Quad, n_rows: u32, values: [f32; TILE_ROWS]) 
 }
 
 impl Epilogue for Store {
+    const NORMALISES: bool = true;
     type Prepared = ();
 
     #[inline(always)]
@@ -84,6 +87,7 @@ pub struct Add {
 }
 
 impl Epilogue for Add {
+    const NORMALISES: bool = false;
     type Prepared = [f32; TILE_ROWS];
 
     #[inline(always)]
@@ -116,6 +120,7 @@ pub struct StoreOrdered {
 }
 
 impl Epilogue for StoreOrdered {
+    const NORMALISES: bool = false;
     type Prepared = ();
 
     #[inline(always)]
@@ -151,6 +156,7 @@ pub struct Swiglu {
 }
 
 impl Epilogue for Swiglu {
+    const NORMALISES: bool = true;
     type Prepared = ();
 
     #[inline(always)]
@@ -243,6 +249,7 @@ impl Qkv {
 }
 
 impl Epilogue for Qkv {
+    const NORMALISES: bool = true;
     type Prepared = QkvPrepared;
 
     #[inline(always)]

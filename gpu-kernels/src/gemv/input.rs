@@ -42,8 +42,8 @@ impl Input {
         !self.gamma.is_null()
     }
 
-    /// Puts units `first_unit` to `first_unit + n_units` into shared memory; all threads of the block take part.
-    /// Gives the sum of the squares of what this thread has read.
+    /// Puts units `first_unit` to `first_unit + n_units` into shared memory; all threads of the block take part. Gives
+    /// the sum of the squares of what this thread has read where it normalises.
     ///
     /// RMSNorm (Zhang and Sennrich, 2019) is `x * gamma / sqrt(mean(x^2) + eps)`. Here `x * gamma` is stored; the
     /// products get the common factor at the end, so that nothing waits for the sum. Q8_1 of `x * gamma` has the
@@ -51,13 +51,14 @@ impl Input {
     ///
     /// # Safety
     /// The vector must be as the fields say, in device memory, and the units inside it; the shared memory must have
-    /// room from its start on.
+    /// room from its start on; with `may_normalise` unset, nothing is to be normalised.
     #[inline(always)]
     pub unsafe fn load<X: Activations>(
         &self,
         memory: DynamicShared<u32>,
         first_unit: u32,
         n_units: u32,
+        may_normalise: bool,
     ) -> f32 {
         let (thread, block_dim) = (thread_idx_x(), block_dim_x());
         let (first_word, n_words) = (first_unit * UNIT_WORDS as u32, n_units * UNIT_WORDS as u32);
@@ -74,78 +75,76 @@ impl Input {
             }
             return 0.0;
         }
-        let n_units = n_units as usize;
 
         // Warps stay whole: the lanes of a unit quantize it together.
         let warp_word = thread / WARP_SIZE * WARP_SIZE;
-        let first = first_word + thread;
+        let normalises = may_normalise && self.is_normalised();
         let mut square_sum = 0.0;
-        if n_words <= block_dim {
-            // A short vector: a word for each thread, and little code.
-            if warp_word < n_words {
-                // SAFETY: the vector is as the fields say.
-                let (values, squares) = unsafe { self.fetch(first) };
-                square_sum = squares;
-                X::store(memory, n_units, thread as usize, values);
-            }
-            return square_sum;
-        }
         let mut round = 0;
         while round < n_words {
             // What a thread works on in four rounds is on its way at once.
-            let fetch = |i: u32| {
-                let word = round + i * block_dim;
-                // SAFETY: the vector is as the fields say.
-                if warp_word + word < n_words { unsafe { self.fetch(first + word) } } else { ([0.0; 4], 0.0) }
-            };
+            // SAFETY: the vector is as the fields say.
+            let fetch =
+                |i: u32| unsafe { self.fetch(first_word + round + i * block_dim + thread, normalises) };
             let (f0, f1, f2, f3) = (fetch(0), fetch(1), fetch(2), fetch(3));
-            let store = |i: u32, values| {
+            let mut store = |i: u32, fetched: Fetched| {
                 let word = round + i * block_dim;
                 if warp_word + word < n_words {
-                    X::store(memory, n_units, (word + thread) as usize, values);
+                    let (values, squares) = self.scale(first_word + word + thread, fetched, may_normalise);
+                    square_sum += squares;
+                    X::store(memory, n_units as usize, (word + thread) as usize, values);
                 }
             };
-            store(0, f0.0);
-            store(1, f1.0);
-            store(2, f2.0);
-            store(3, f3.0);
-            square_sum += (f0.1 + f1.1) + (f2.1 + f3.1);
+            store(0, f0);
+            store(1, f1);
+            store(2, f2);
+            store(3, f3);
             round += 4 * block_dim;
         }
         square_sum
     }
 
-    /// Values `4 * word` and on, with their factors where they are normalised, zeros beyond the vector's end; and the
-    /// sum of their squares.
+    /// Values `4 * word` and on, and their factors; those of the vector's last word beyond its end.
     ///
     /// # Safety
     /// As [`load`](Self::load).
     #[inline(always)]
-    unsafe fn fetch(&self, word: u32) -> ([f32; VALUES_PER_THREAD], f32) {
-        let first = VALUES_PER_THREAD as u32 * word;
-        if first >= self.n {
-            return ([0.0; VALUES_PER_THREAD], 0.0);
-        }
-        let is_normalised = self.is_normalised();
-        // SAFETY: the values start inside the vector, whose memory is a multiple of 16 bytes long.
-        let (mut x, gamma) = unsafe {
-            let x = ld_global_u32x4(self.values.add(first as usize).cast()).map(f32::from_bits);
+    unsafe fn fetch(&self, word: u32, normalises: bool) -> Fetched {
+        let last = self.n.div_ceil(VALUES_PER_THREAD as u32) - 1;
+        let first = word.min(last) as usize * VALUES_PER_THREAD;
+        // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
+        unsafe {
+            let values = ld_global_u32x4(self.values.add(first).cast());
             let gamma =
-                if is_normalised { ld_global_u32x4(self.gamma.add(first as usize).cast()) } else { [0; 4] };
-            (x, gamma.map(f32::from_bits))
-        };
-        if first + VALUES_PER_THREAD as u32 > self.n {
-            let rest = self.n - first;
-            x = [x[0], if rest > 1 { x[1] } else { 0.0 }, if rest > 2 { x[2] } else { 0.0 }, 0.0];
+                if normalises { ld_global_u32x4(self.gamma.add(first).cast()) } else { [1f32.to_bits(); 4] };
+            Fetched { values: values.map(f32::from_bits), gamma: gamma.map(f32::from_bits) }
         }
-        if !is_normalised {
+    }
+
+    /// Values with their factors, zeros beyond the vector's end, and the sum of the values' squares.
+    #[inline(always)]
+    fn scale(&self, word: u32, fetched: Fetched, may_normalise: bool) -> ([f32; VALUES_PER_THREAD], f32) {
+        let Fetched { values: mut x, gamma } = fetched;
+        let first = word * VALUES_PER_THREAD as u32;
+        if first + VALUES_PER_THREAD as u32 > self.n {
+            let keep = |i: u32, value: f32| if first + i < self.n { value } else { 0.0 };
+            x = [keep(0, x[0]), keep(1, x[1]), keep(2, x[2]), keep(3, x[3])];
+        }
+        if !may_normalise {
             return (x, 0.0);
         }
         let squares = mul_add(x[0], x[0], x[1] * x[1]) + mul_add(x[2], x[2], x[3] * x[3]);
-        // What lies beyond the end of gamma may be anything.
-        let scaled = [0, 1, 2, 3].map(|i| if first + (i as u32) < self.n { x[i] * gamma[i] } else { 0.0 });
-        (scaled, squares)
+        // What lies beyond the end of gamma may be anything, but not what stands in for it here.
+        let scaled = |i: usize| if x[i] == 0.0 { 0.0 } else { x[i] * gamma[i] };
+        ([scaled(0), scaled(1), scaled(2), scaled(3)], squares)
     }
+}
+
+/// What a thread has read of a vector.
+#[derive(Clone, Copy)]
+struct Fetched {
+    values: [f32; VALUES_PER_THREAD],
+    gamma: [f32; VALUES_PER_THREAD],
 }
 
 /// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.
@@ -156,7 +155,7 @@ pub fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32) {
     if thread % WARP_SIZE == 0 {
         memory.set((at + thread / WARP_SIZE) as usize, sum.to_bits());
     }
-    if n_warps + thread < MAX_WARPS {
+    if thread + n_warps < MAX_WARPS {
         memory.set((at + n_warps + thread) as usize, 0);
     }
 }
@@ -164,8 +163,10 @@ pub fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32) {
 /// The sum of what [`store_squares`] has left.
 #[inline(always)]
 pub fn load_squares(memory: DynamicShared<u32>, at: u32) -> f32 {
-    let [a, b, c, d] = memory.get4(at as usize).map(f32::from_bits);
-    let [e, f, g, h] = memory.get4(at as usize + 4).map(f32::from_bits);
-    (a + b) + (c + d) + ((e + f) + (g + h))
+    let mut sum = 0.0;
+    for i in 0..MAX_WARPS / 4 {
+        let [a, b, c, d] = memory.get4((at + 4 * i) as usize).map(f32::from_bits);
+        sum += (a + b) + (c + d);
+    }
+    sum
 }
-const _: () = assert!(MAX_WARPS == 8);

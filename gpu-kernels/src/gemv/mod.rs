@@ -27,10 +27,10 @@ use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4
 use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
-use stream::{Deal, STAGES, Share, Stream};
+use stream::{Deal, Share, Stream};
 
-/// Most warps in a block: two blocks of them fit on a multiprocessor, so that the next kernel's starts beside this one's.
-pub const MAX_WARPS: u32 = 8;
+/// Most warps in a block, whatever the activations.
+const MAX_WARPS: u32 = 12;
 /// Words of shared memory for the warps' sums of squares.
 const SQUARES_WORDS: u32 = MAX_WARPS;
 
@@ -70,6 +70,8 @@ pub struct Schedule {
     /// Tiles of a quad whose part of the vector fits into shared memory at once: all, unless the activations come in
     /// slabs.
     pub slab_tiles: u32,
+    /// Tiles that a warp has in shared memory or on their way, at most 32.
+    pub stages: u32,
     /// Words of shared memory for a tile.
     pub stage_words: u32,
 }
@@ -98,7 +100,7 @@ impl Schedule {
         self.vector_words(unit_words)
             + SQUARES_WORDS
             + self.sums_words()
-            + n_warps * WarpCopies::<STAGES>::words(self.stage_words)
+            + n_warps * WarpCopies::words(self.stages, self.stage_words)
     }
 }
 
@@ -113,14 +115,15 @@ kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 
 /// How the products of a tile are made.
 pub trait Dots {
-    /// The products of the tile's four rows with the vector's unit of this lane.
+    /// `sums` plus the products of the tile's four rows with the vector's unit of this lane.
     fn dots<X: Activations>(
         format: u32,
         tile: SharedTile,
         n_units: usize,
         unit: usize,
         x: &X::Unit,
-    ) -> [f32; 4];
+        sums: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS];
 }
 
 /// Of tiles that all have one format.
@@ -128,13 +131,20 @@ pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
     #[inline(always)]
-    fn dots<X: Activations>(_: u32, tile: SharedTile, n_units: usize, unit: usize, x: &X::Unit) -> [f32; 4] {
+    fn dots<X: Activations>(
+        _: u32,
+        tile: SharedTile,
+        n_units: usize,
+        unit: usize,
+        x: &X::Unit,
+        [s0, s1, s2, s3]: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS] {
         // Written out: an array of closures' results would be filled in a loop, with `x` in local memory.
         [
-            X::dot(&F::unpack(tile, Place { n_units, row: 0, unit }), x),
-            X::dot(&F::unpack(tile, Place { n_units, row: 1, unit }), x),
-            X::dot(&F::unpack(tile, Place { n_units, row: 2, unit }), x),
-            X::dot(&F::unpack(tile, Place { n_units, row: 3, unit }), x),
+            X::dot(&F::unpack(tile, Place { n_units, row: 0, unit }), x, s0),
+            X::dot(&F::unpack(tile, Place { n_units, row: 1, unit }), x, s1),
+            X::dot(&F::unpack(tile, Place { n_units, row: 2, unit }), x, s2),
+            X::dot(&F::unpack(tile, Place { n_units, row: 3, unit }), x, s3),
         ]
     }
 }
@@ -150,11 +160,12 @@ impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
         n_units: usize,
         unit: usize,
         x: &X::Unit,
-    ) -> [f32; 4] {
+        sums: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS] {
         if format == F::FORMAT as u32 {
-            One::<F>::dots::<X>(format, tile, n_units, unit, x)
+            One::<F>::dots::<X>(format, tile, n_units, unit, x, sums)
         } else {
-            One::<G>::dots::<X>(format, tile, n_units, unit, x)
+            One::<G>::dots::<X>(format, tile, n_units, unit, x, sums)
         }
     }
 }
@@ -170,31 +181,27 @@ impl Dots for Any {
         n_units: usize,
         unit: usize,
         x: &X::Unit,
-    ) -> [f32; 4] {
+        sums: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS] {
         // Row by row, in a loop that the compiler cannot unroll since it does not know where it ends: all formats in
         // one kernel are much code as it is.
         let n_rows = if n_units <= TILE_UNITS { TILE_ROWS } else { 0 };
-        let mut sums = [0.0; TILE_ROWS];
+        let mut sums = sums;
         let mut row = 0;
         while row < n_rows {
             let place = Place { n_units, row, unit };
+            // The rows' sums go round.
+            let [first, s1, s2, s3] = sums;
             macro_rules! dispatch {
                 ($(($Type:ident, $name:ident))*) => {
                     match format {
                         $(f if f == Format::$Type as u32 =>
-                            X::dot(&<crate::formats::$Type>::unpack(tile, place), x),)*
-                        _ => 0.0,
+                            X::dot(&<crate::formats::$Type>::unpack(tile, place), x, first),)*
+                        _ => first,
                     }
                 };
             }
-            let sum = crate::for_each_format!(dispatch);
-            let [s0, s1, s2, s3] = sums;
-            sums = [
-                if row == 0 { sum } else { s0 },
-                if row == 1 { sum } else { s1 },
-                if row == 2 { sum } else { s2 },
-                if row == 3 { sum } else { s3 },
-            ];
+            sums = [s1, s2, s3, crate::for_each_format!(dispatch)];
             row += 1;
         }
         sums
@@ -242,8 +249,7 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
             loaded = tile;
         }
         if lane < tile_units {
-            let [s0, s1, s2, s3] = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x);
-            sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
+            sums = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x, sums);
         }
         tile += share.tile_stride;
         // All lanes meet here after their last read of the tile: its place is free.
@@ -299,14 +305,14 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
     let squares = schedule.vector_words(X::UNIT_WORDS as u32);
     let sums_at = squares + SQUARES_WORDS;
-    let ring_words = WarpCopies::<STAGES>::words(schedule.stage_words);
+    let ring_words = WarpCopies::words(schedule.stages, schedule.stage_words);
     let ring = sums_at + schedule.sums_words() + warp * ring_words;
-    let mut stream = Stream::new(deal, share, memory, ring, schedule.stage_words);
+    let mut stream = Stream::new(deal, share, memory, ring, schedule);
     // SAFETY: the matrices are as they say.
     unsafe { stream.fill(0) };
 
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
 
     // What finishing needs besides the sums is fetched now; it arrives while the products are made.
     let mut first_prepared = E::Prepared::default();
@@ -328,8 +334,8 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         let first_unit = slab * TILE_UNITS as u32;
         let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - first_unit);
         // SAFETY: the units are inside the vector; the input keeps its contract.
-        square_sum += unsafe { input.load::<X>(memory, first_unit, slab_units) };
-        if input.is_normalised() {
+        square_sum += unsafe { input.load::<X>(memory, first_unit, slab_units, E::NORMALISES) };
+        if E::NORMALISES && input.is_normalised() {
             input::store_squares(memory, squares, square_sum);
         }
         sync_threads();
@@ -353,7 +359,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
             let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
             sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
         }
-        if input.is_normalised() {
+        if E::NORMALISES && input.is_normalised() {
             let factor = rsqrt(mul_add(input::load_squares(memory, squares), input.per_n, input.eps));
             sums = sums.map(|sum| sum * factor);
         }
@@ -368,7 +374,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
 
 /// The kernels of a module for activations `$X` and products `$D`.
 macro_rules! define_kernels {
-    ($module:ident, $X:ident, $D:ty) => {
+    ($module:ident, $threads:literal, $X:ident, $D:ty) => {
         /// `y = W x`, `x` normalised first where the input says so.
         ///
         /// # Safety
@@ -385,7 +391,7 @@ macro_rules! define_kernels {
         /// # Thread mapping
         /// Block `b` of `n` takes quads `b`, `b + n`, ...; groups of warps take one at a time, a warp every so many
         /// tiles, a lane one unit of four rows; one thread finishes a quad.
-        #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 2))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -401,7 +407,7 @@ macro_rules! define_kernels {
         ///
         /// # Thread mapping
         /// As [`gemv`].
-        #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 2))]
         pub unsafe fn gemv_add(matrix: MatrixRef, input: Input, schedule: Schedule, output: Add) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -419,7 +425,7 @@ macro_rules! define_kernels {
         ///
         /// # Thread mapping
         /// As [`gemv`].
-        #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 2))]
         pub unsafe fn gemv_swiglu(matrix: MatrixRef, input: Input, schedule: Schedule, output: Swiglu) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -432,7 +438,7 @@ macro_rules! define_kernels {
 }
 
 macro_rules! define_qkv {
-    ($module:ident, $X:ident, $D:ty) => {
+    ($module:ident, $threads:literal, $X:ident, $D:ty) => {
         /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended to
         /// the cache.
         ///
@@ -451,7 +457,7 @@ macro_rules! define_qkv {
         ///
         /// # Thread mapping
         /// As [`q4_k::gemv`](super::q4_k::gemv).
-        #[kernel(suffix = $module, overlapping, launch_bounds(256, 2))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 2))]
         pub unsafe fn gemv_qkv(
             q: MatrixRef,
             k: MatrixRef,
@@ -472,8 +478,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, Q8_1, One<crate::formats::$Type>);
-            define_qkv!($module, Q8_1, One<crate::formats::$Type>);
+            define_kernels!($module, 384, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 384, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -482,25 +488,25 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 384, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
 /// Q8_1 activations, weights of any format.
 pub mod mixed {
     use super::*;
-    define_kernels!(mixed, Q8_1, Any);
-    define_qkv!(mixed, Q8_1, Any);
+    define_kernels!(mixed, 384, Q8_1, Any);
+    define_qkv!(mixed, 384, Q8_1, Any);
 }
 
 /// f32 activations, weights of any format.
 pub mod exact {
     use super::*;
-    define_kernels!(exact, F32Vector, Any);
-    define_qkv!(exact, F32Vector, Any);
+    define_kernels!(exact, 256, F32Vector, Any);
+    define_qkv!(exact, 256, F32Vector, Any);
 }
 
 macro_rules! define_ordered {
-    ($(($suffix:ident, $X:ident))*) => {$(
+    ($(($suffix:ident, $threads:literal, $X:ident))*) => {$(
         #[doc = concat!("`y = W x` or `y = W x + b` on ", stringify!($X), " activations, rows in any order.")]
         pub mod $suffix {
             use super::*;
@@ -515,7 +521,7 @@ macro_rules! define_ordered {
             ///
             /// # Thread mapping
             /// As [`q4_k::gemv`].
-            #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 2))]
+            #[kernel(suffix = $suffix, overlapping, launch_bounds($threads, 2))]
             pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: StoreOrdered) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
                 unsafe { run::<$X, Any, _, 1>([matrix], input, schedule, output) }
@@ -524,8 +530,8 @@ macro_rules! define_ordered {
     )*};
 }
 define_ordered! {
-    (ordered, Q8_1)
-    (ordered_exact, F32Vector)
+    (ordered, 384, Q8_1)
+    (ordered_exact, 256, F32Vector)
 }
 
 /// The kernels for one kind of activations and weights.

@@ -1,13 +1,10 @@
 //! A warp's stream of tiles: a ring in shared memory that is kept full by asynchronous copies.
 
-use super::MatrixRef;
+use super::{MatrixRef, Schedule};
 use crate::formats::tile::SharedTile;
 use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_idx_x, grid_dim_x};
-
-/// Tiles that a warp has in shared memory or on their way.
-pub const STAGES: u32 = 4;
 
 /// The matrices of a launch, one below the other, and how its quads are dealt out to the blocks: in turns, block `b`
 /// of `n` has quad `b + n * turn`.
@@ -86,10 +83,8 @@ impl Share {
 pub struct Stream<const N: usize> {
     deal: Deal<N>,
     share: Share,
-    copies: WarpCopies<STAGES>,
+    copies: WarpCopies,
     memory: DynamicShared<u32>,
-    /// How many tiles have been worked on.
-    done: u32,
     /// What is copied next: the tile, its slab's first and end, and the turn.
     tile: u32,
     first: u32,
@@ -104,13 +99,18 @@ pub struct Stream<const N: usize> {
 impl<const N: usize> Stream<N> {
     /// The stream of a warp whose ring starts at word `ring`; nothing is under way yet.
     #[inline(always)]
-    pub fn new(deal: Deal<N>, share: Share, memory: DynamicShared<u32>, ring: u32, stage_words: u32) -> Self {
+    pub fn new(
+        deal: Deal<N>,
+        share: Share,
+        memory: DynamicShared<u32>,
+        ring: u32,
+        schedule: Schedule,
+    ) -> Self {
         Self {
             deal,
             share,
-            copies: WarpCopies::new(memory, ring, stage_words),
+            copies: WarpCopies::new(memory, ring, schedule.stages, schedule.stage_words),
             memory,
-            done: 0,
             tile: 0,
             first: 0,
             end: 0,
@@ -132,11 +132,9 @@ impl<const N: usize> Stream<N> {
         self.tile = self.first;
         self.turn = if self.first < self.end { self.share.first_turn } else { self.share.turns };
         self.find_quad();
-        let mut stage = 0;
-        while stage < STAGES {
+        for ahead in 0..self.copies.stages() {
             // SAFETY: the caller's promise.
-            unsafe { self.start(self.done + stage) };
-            stage += 1;
+            unsafe { self.start(ahead) };
         }
     }
 
@@ -152,34 +150,32 @@ impl<const N: usize> Stream<N> {
         }
     }
 
-    /// Starts copying the next tile, if there is one, as copy `n`.
+    /// Starts copying the next tile, if there is one, to the place `ahead` places after the current one.
     ///
     /// # Safety
     /// As [`fill`](Self::fill).
     #[inline(always)]
-    unsafe fn start(&mut self, n: u32) {
+    unsafe fn start(&mut self, ahead: u32) {
         if self.turn < self.share.turns {
             let is_last = self.tile + 1 == self.share.n_tiles;
             let bytes = if is_last { self.last_tile_bytes } else { self.tile_bytes };
             let offset = u64::from(self.tile) * u64::from(self.tile_bytes);
             // SAFETY: the tile is inside the matrix, and fits a place of the ring.
-            unsafe { self.copies.start(n, self.quad.wrapping_add(offset as usize), bytes) };
+            unsafe { self.copies.start(ahead, self.quad.wrapping_add(offset as usize), bytes) };
             self.tile += self.share.tile_stride;
             if self.tile >= self.end {
                 self.tile = self.first;
                 self.turn += self.share.n_groups;
                 self.find_quad();
             }
-        } else {
-            self.copies.skip();
         }
     }
 
     /// Waits for the next tile and says where it is.
     #[inline(always)]
     pub fn next_tile(&self) -> SharedTile {
-        self.copies.wait(self.done);
-        SharedTile { memory: self.memory, start: self.copies.place(self.done) as usize }
+        self.copies.wait();
+        SharedTile { memory: self.memory, start: self.copies.place() as usize }
     }
 
     /// Gives back the place of the tile that was worked on, and starts the next copy to it. All lanes must have read
@@ -190,7 +186,7 @@ impl<const N: usize> Stream<N> {
     #[inline(always)]
     pub unsafe fn refill(&mut self) {
         // SAFETY: the caller's promise.
-        unsafe { self.start(self.done + STAGES) };
-        self.done += 1;
+        unsafe { self.start(0) };
+        self.copies.advance();
     }
 }

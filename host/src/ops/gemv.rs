@@ -2,16 +2,15 @@
 
 use super::{Input, KvLayer, Matrix, Norm, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use cuda_std::launch::{Kernel, LaunchConfig};
 use cuda_std::pipeline::WarpCopies;
 use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
 use gpu_kernels::formats::UNIT;
-use gpu_kernels::formats::tile::TILE_UNITS;
+use gpu_kernels::formats::tile::{TILE_ROWS, TILE_UNITS};
 use gpu_kernels::gemv::epilogue::{Add, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
-use gpu_kernels::gemv::stream::STAGES;
-use gpu_kernels::gemv::{self as kernels, Kernels, MAX_WARPS, MatrixRef, Schedule};
+use gpu_kernels::gemv::{self as kernels, Kernels, MatrixRef, Schedule};
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
@@ -31,8 +30,10 @@ pub enum Output<'a> {
 /// `y = W x`, with a bias or added onto `y`; `x` is normalised first where there is a norm.
 ///
 /// # Errors
-/// When `x` has not `weights.n_cols()` values, another buffer is too short, or the launch fails.
+/// When `x` has not `weights.n_cols()` values, another buffer is too short, there is a norm and `y` is more than set, or the
+/// launch fails.
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
+    let is_plain = norm.is_none();
     let input = input("gemv", weights, x, norm)?;
     let (schedule, config) = schedule(device, &[weights], x.is_exact())?;
     let kernels = kernels(weights, x);
@@ -48,6 +49,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
         Output::Add(y) => {
             aligned("gemv", "y", y, weights.n_rows())?;
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
+            ensure!(is_plain, "gemv: an input that is to be normalised has a product that is not added");
             let output = Add { y: y.as_mut_ptr() };
             // SAFETY: as above.
             return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
@@ -62,6 +64,10 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
             StoreOrdered { y: y.as_mut_ptr(), bias: bias.as_ptr() }
         }
     };
+    ensure!(
+        is_plain,
+        "gemv: only rows in natural order, without a bias, have an input that is to be normalised"
+    );
     // SAFETY: as above.
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
 }
@@ -244,9 +250,9 @@ const SUMS_BYTES: usize = 16 << 10;
 /// Deals out the work: one block per multiprocessor, of which each has its share of quads, and as many tiles on their
 /// way as fit into half of a multiprocessor's shared memory, so that the next kernel's block starts beside this one's.
 fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Schedule, LaunchConfig)> {
-    let (unit_words, in_slabs) = match is_exact {
-        true => (F32Vector::UNIT_WORDS, F32Vector::IN_SLABS),
-        false => (Q8_1::UNIT_WORDS, Q8_1::IN_SLABS),
+    let (unit_words, max_warps, in_slabs) = match is_exact {
+        true => (F32Vector::UNIT_WORDS, F32Vector::MAX_WARPS, F32Vector::IN_SLABS),
+        false => (Q8_1::UNIT_WORDS, Q8_1::MAX_WARPS, Q8_1::IN_SLABS),
     };
     let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
     let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
@@ -254,46 +260,54 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
     let whole = device.shared_bytes() as usize;
     // A multiprocessor has 1 KB more than a block can have, and keeps 1 KB per block for itself.
     let half = (whole + 1024) / 2 - 1024;
-    // On the CPU the threads of a block take turns: more of them only cost.
-    let most_warps = if device.is_cuda() { MAX_WARPS as usize } else { 4 };
+    // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time.
+    let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 2) };
 
-    // What fits: rather fewer warps than parts of the vector.
-    let ring = 4 * WarpCopies::<STAGES>::words(dim(stage_bytes / 4)?) as usize;
-    let fits = |n_warps: usize, slab_tiles: usize, room: usize| {
-        let vector = slab_tiles * TILE_UNITS * unit_words * 4;
-        vector + SUMS_BYTES + 1024 + n_warps * ring <= room
-    };
-    let warps = || (0..=most_warps.ilog2()).rev().map(|log| 1 << log);
+    let try_fit =
+        |n_warps: usize, slab_tiles: usize, room: usize| -> Option<(Schedule, Result<LaunchConfig>)> {
+            let sums_bytes = |turns: usize, log: u32| ((turns + 1) * TILE_ROWS * 4) << log;
+            let most_sums = (n_quads * TILE_ROWS * 4 * slab_tiles.min(n_warps)).div_ceil(SUMS_BYTES);
+            let n_blocks = (device.multiprocessors() as usize).max(most_sums).min(n_quads);
+            let turns = n_quads.div_ceil(n_blocks);
+            // The tiles that the busiest warp goes through, for each way to share a quad; of equals, the least sharing.
+            let tiles = |log: u32| turns.div_ceil((n_warps >> log).max(1)) * slab_tiles.div_ceil(1 << log);
+            let divides = |log: &u32| n_warps.is_multiple_of(1 << log);
+            let logs = (0..=n_warps.min(slab_tiles).ilog2()).filter(divides);
+            let log = logs.min_by_key(|&log| tiles(log)).unwrap_or(0);
+            let fixed = slab_tiles * TILE_UNITS * unit_words * 4 + 64 + sums_bytes(turns, log);
+            let ring = room.checked_sub(fixed)? / n_warps;
+            let fits = |stages: &usize| {
+                4 * WarpCopies::words(*stages as u32, stage_bytes as u32 / 4) as usize <= ring
+            };
+            let stages = (2..=most_stages.min(tiles(log).max(2))).rev().find(fits)?;
+            let schedule = Schedule {
+                log_warps_per_quad: log,
+                turns: (n_quads / n_blocks) as u32,
+                blocks_with_more: (n_quads % n_blocks) as u32,
+                slab_tiles: slab_tiles as u32,
+                stages: stages as u32,
+                stage_words: stage_bytes as u32 / 4,
+            };
+            Some((schedule, launch_1d(n_blocks, 32 * n_warps)))
+        };
+    // Rather fewer warps than parts of the vector, rather the next kernel's block beside this one's than more warps.
+    let warps = || [12, 8, 4, 2, 1].into_iter().filter(|&warps| warps <= most_warps);
     let slabs = (0..=if in_slabs { n_tiles.ilog2() } else { 0 }).map(|log| n_tiles.div_ceil(1 << log));
-    let choices = slabs.flat_map(|slab_tiles| warps().map(move |n_warps| (n_warps, slab_tiles, whole)));
-    let mut choices = [(most_warps, n_tiles, half)].into_iter().chain(choices);
-    let Some((n_warps, slab_tiles, _)) = choices.find(|&(warps, tiles, room)| fits(warps, tiles, room))
-    else {
-        anyhow::bail!(
-            "gemv: {whole} bytes of shared memory do not hold {STAGES} tiles of {stage_bytes} bytes and their part of a vector"
-        );
-    };
-
-    let bytes_of_sums = 16;
-    let n_blocks = (device.multiprocessors() as usize)
-        .max((n_quads * slab_tiles.min(n_warps) * bytes_of_sums).div_ceil(SUMS_BYTES - 256))
-        .min(n_quads);
-    // The rounds that the busiest warp goes, for each way to share a quad; of equals, the least sharing.
-    let rounds = |log: &u32| {
-        let warps_per_quad = 1 << log;
-        let turns = n_quads.div_ceil(n_blocks).div_ceil((n_warps / warps_per_quad).max(1));
-        turns * slab_tiles.div_ceil(warps_per_quad)
-    };
-    let shares = (0..=n_warps.min(slab_tiles).ilog2()).min_by_key(rounds);
-
-    let schedule = Schedule {
-        log_warps_per_quad: shares.unwrap_or(0),
-        turns: dim(n_quads / n_blocks)?,
-        blocks_with_more: dim(n_quads % n_blocks)?,
-        slab_tiles: dim(slab_tiles)?,
-        stage_words: dim(stage_bytes / 4)?,
-    };
-    let mut config = launch_1d(n_blocks, 32 * n_warps)?;
-    config.dynamic_shared_bytes = 4 * schedule.shared_words(n_warps as u32, unit_words as u32);
+    let choices = slabs.flat_map(|slab_tiles| {
+        let rooms = [(half, 4), (whole, 1)].into_iter();
+        rooms.flat_map(move |(room, least)| {
+            warps().filter(move |&warps| warps >= least).map(move |warps| (warps, slab_tiles, room))
+        })
+    });
+    let schedule = { choices }.find_map(|(n_warps, slab_tiles, room)| try_fit(n_warps, slab_tiles, room));
+    let (schedule, config) = schedule.with_context(|| {
+        format!(
+            "gemv: {whole} bytes of shared memory do not hold two tiles of {stage_bytes} bytes and their part of a \
+             vector of {} values",
+            matrices[0].n_cols()
+        )
+    })?;
+    let mut config = config?;
+    config.dynamic_shared_bytes = 4 * schedule.shared_words(config.block[0] / 32, unit_words as u32);
     Ok((schedule, config))
 }
