@@ -35,7 +35,11 @@ pub enum Output<'a> {
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
     let is_plain = norm.is_none();
     let input = input("gemv", weights, x, norm)?;
-    let (schedule, config) = schedule(device, &[weights], x.is_exact())?;
+    let room = match output {
+        Output::Add(_) => Room::MoreThanHalf,
+        _ => Room::LessThanHalf,
+    };
+    let (schedule, config) = schedule(device, &[weights], x.is_exact(), room)?;
     let kernels = kernels(weights, x);
     let matrix = weights.as_ref()?;
     let is_natural = weights.order() == RowOrder::NATURAL;
@@ -101,7 +105,7 @@ pub fn gemv_swiglu(
     );
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
-    let (schedule, config) = schedule(device, &[gate_up], x.is_exact())?;
+    let (schedule, config) = schedule(device, &[gate_up], x.is_exact(), Room::LessThanHalf)?;
     let kernel = kernels(gate_up, x).gemv_swiglu;
     let output = Swiglu { y: y.as_mut_ptr() };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
@@ -188,7 +192,7 @@ pub fn gemv_qkv(
             RopeLayout::HalfSplit => dim(n_rot / 2)?,
         },
     };
-    let (schedule, config) = schedule(device, &weights.matrices, x.is_exact())?;
+    let (schedule, config) = schedule(device, &weights.matrices, x.is_exact(), Room::LessThanHalf)?;
     let kernel = match x.is_exact() {
         true => &kernels::exact::GEMV_QKV,
         false => kernels::qkv_kernel(weights.matrices.map(Matrix::format)),
@@ -247,9 +251,29 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
 /// Most bytes of shared memory for the sums of a block's quads: beyond that, more blocks take them.
 const SUMS_BYTES: usize = 16 << 10;
 
+/// How much of a multiprocessor's shared memory a block takes.
+///
+/// There is one block for each multiprocessor, and it starts beside the one of the kernel before. It must not start
+/// beside another one of its own kernel, where the kernel before has ended early: then one multiprocessor would have
+/// twice the work, another none, and so on in the kernels that follow. So products that are added, every other one in
+/// a layer, take more than half, and those between them what is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    LessThanHalf,
+    MoreThanHalf,
+}
+
+/// What [`Room::MoreThanHalf`] has above the half.
+const ABOVE_HALF: usize = 6 << 10;
+
 /// Deals out the work: one block per multiprocessor, of which each has its share of quads, and as many tiles on their
-/// way as fit into half of a multiprocessor's shared memory, so that the next kernel's block starts beside this one's.
-fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Schedule, LaunchConfig)> {
+/// way as there is room for.
+fn schedule(
+    device: &Device,
+    matrices: &[&Matrix],
+    is_exact: bool,
+    room: Room,
+) -> Result<(Schedule, LaunchConfig)> {
     let (unit_words, max_warps, in_slabs) = match is_exact {
         true => (F32Vector::UNIT_WORDS, F32Vector::MAX_WARPS, F32Vector::IN_SLABS),
         false => (Q8_1::UNIT_WORDS, Q8_1::MAX_WARPS, Q8_1::IN_SLABS),
@@ -260,6 +284,10 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
     let whole = device.shared_bytes() as usize;
     // A multiprocessor has 1 KB more than a block can have, and keeps 1 KB per block for itself.
     let half = (whole + 1024) / 2 - 1024;
+    let (least, wanted) = match room {
+        Room::LessThanHalf => (0, half - ABOVE_HALF),
+        Room::MoreThanHalf => (half + ABOVE_HALF, half + ABOVE_HALF),
+    };
     // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time.
     let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 2) };
 
@@ -294,7 +322,7 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
     let warps = || [12, 8, 4, 2, 1].into_iter().filter(|&warps| warps <= most_warps);
     let slabs = (0..=if in_slabs { n_tiles.ilog2() } else { 0 }).map(|log| n_tiles.div_ceil(1 << log));
     let choices = slabs.flat_map(|slab_tiles| {
-        let rooms = [(half, 4), (whole, 1)].into_iter();
+        let rooms = [(wanted, 4), (whole, 1)].into_iter();
         rooms.flat_map(move |(room, least)| {
             warps().filter(move |&warps| warps >= least).map(move |warps| (warps, slab_tiles, room))
         })
@@ -308,6 +336,7 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
         )
     })?;
     let mut config = config?;
-    config.dynamic_shared_bytes = 4 * schedule.shared_words(config.block[0] / 32, unit_words as u32);
+    let shared_bytes = 4 * schedule.shared_words(config.block[0] / 32, unit_words as u32);
+    config.dynamic_shared_bytes = shared_bytes.max(least as u32);
     Ok((schedule, config))
 }
