@@ -1,4 +1,4 @@
-//! Integer dot products.
+//! Integer dot products, and bytes of words.
 
 /// `c` plus the dot product of the four signed bytes of `a` with those of `b`.
 ///
@@ -14,12 +14,12 @@ pub fn dp4a(a: i32, b: i32, c: i32) -> i32 {
     }
 }
 
-/// The dot product of all signed bytes of `a` with those of `b`: one [`dp4a`] per word.
+/// `c` plus the dot product of all signed bytes of `a` with those of `b`: one [`dp4a`] per word.
 #[inline(always)]
-pub fn dp4a_sum<const N: usize>(a: [i32; N], b: [i32; N]) -> i32 {
+pub fn dp4a_sum<const N: usize>(a: [i32; N], b: [i32; N], c: i32) -> i32 {
     cfg_select! {
         target_arch = "nvptx64" => {
-            let mut sum = 0;
+            let mut sum = c;
             let mut i = 0;
             while i < N {
                 sum = dp4a(a[i], b[i], sum);
@@ -27,8 +27,8 @@ pub fn dp4a_sum<const N: usize>(a: [i32; N], b: [i32; N]) -> i32 {
             }
             sum
         }
-        target_arch = "x86_64" => sse2::dp4a_sum(a, b),
-        _ => (0..N).fold(0i32, |sum, i| sum.wrapping_add(portable_dp4a(a[i], b[i]))),
+        target_arch = "x86_64" => c.wrapping_add(sse2::dp4a_sum(a, b)),
+        _ => (0..N).fold(c, |sum, i| sum.wrapping_add(portable_dp4a(a[i], b[i]))),
     }
 }
 
@@ -51,7 +51,54 @@ pub fn dp4a_nibbles(a: [u32; 4], b: [i32; 8]) -> i32 {
             }
             low + (high >> 4)
         }
-        _ => dp4a_sum(core::array::from_fn::<i32, 8, _>(|i| ((a[i % 4] >> (4 * (i / 4))) & LOW) as i32), b),
+        _ => dp4a_sum(core::array::from_fn::<i32, 8, _>(|i| ((a[i % 4] >> (4 * (i / 4))) & LOW) as i32), b, 0),
+    }
+}
+
+/// Byte `i` of a word, counted from the lowest, 0 to 3.
+///
+/// On a GPU this is one instruction (prmt), of a value that the compiler takes for any 32 bits: it then converts it to
+/// floating point as such, which is several times faster than the conversion of a byte.
+#[inline(always)]
+pub fn byte(word: u32, i: u32) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let byte: u32;
+            // SAFETY: arithmetic alone.
+            unsafe {
+                core::arch::asm!(
+                    "prmt.b32 {byte}, {word}, 0, {selector};",
+                    byte = out(reg32) byte,
+                    word = in(reg32) word,
+                    selector = in(reg32) 0x4440 | i,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            byte
+        }
+        _ => (word >> (8 * i)) & 0xff,
+    }
+}
+
+/// As [`byte`], of a signed byte.
+#[inline(always)]
+pub fn signed_byte(word: u32, i: u32) -> i32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let byte: i32;
+            // SAFETY: arithmetic alone. A selector of 8 and more repeats the byte's sign.
+            unsafe {
+                core::arch::asm!(
+                    "prmt.b32 {byte}, {word}, 0, {selector};",
+                    byte = out(reg32) byte,
+                    word = in(reg32) word,
+                    selector = in(reg32) 0x8880 | i * 0x1111,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            byte
+        }
+        _ => i32::from((word >> (8 * i)) as i8),
     }
 }
 

@@ -57,6 +57,30 @@ loads! {
     ld_global_u16, u16, "ld.global.u16 {a}, [{pointer}];", [a], reg16, "Reads 2 bytes, coherently.";
 }
 
+/// Asks the L2 cache for `bytes` bytes, a multiple of 16, without waiting for them. Does nothing before compute
+/// capability 9.0.
+///
+/// Nothing is read or written: the memory may be another kernel's at the time. `from` is a multiple of 16.
+#[inline(always)]
+pub fn prefetch_l2(from: *const u8, bytes: u32) {
+    cfg_select! {
+        all(target_arch = "nvptx64", cuda_sm_90) => {
+            // SAFETY: a hint.
+            unsafe {
+                core::arch::asm!(
+                    "cp.async.bulk.prefetch.L2.global [{from}], {bytes};",
+                    from = in(reg64) from,
+                    bytes = in(reg32) bytes,
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+        _ => {
+            let _ = (from, bytes);
+        }
+    }
+}
+
 /// Writes 16 bytes.
 ///
 /// # Safety

@@ -4,9 +4,10 @@
 //! integers, which the minimum term of a weight format needs (llama.cpp's block_q8_1, with both numbers in full
 //! precision).
 //!
-//! A matrix kernel puts its vector into shared memory once per block, in planes like a tile's, and a lane reads the
-//! unit that meets its weights.
+//! A matrix kernel puts its vector into shared memory once per block, the units that meet a tile together, in planes
+//! like a tile's, and a lane reads the unit that meets its weights.
 
+use crate::formats::tile::TILE_UNITS;
 use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
 use bytemuck::{Pod, Zeroable};
 use cuda_std::float::{abs, div_approx, max, mul_add, round_ties_even};
@@ -63,18 +64,18 @@ pub trait Activations: Copy {
     type Unit: Copy;
 
     /// Stores four values, `word` counting them from the start of the vector; all lanes of the warp take part, those
-    /// beyond the vector with `word >= n_units * 8` and zeros.
-    fn store(memory: DynamicShared<u32>, n_units: usize, word: usize, values: [f32; VALUES_PER_THREAD]);
+    /// beyond the vector with `word >= n_words` and zeros.
+    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]);
 
-    /// Reads a unit.
-    fn load(memory: DynamicShared<u32>, n_units: usize, unit: usize) -> Self::Unit;
+    /// Reads unit `unit` of those that meet tile `tile`.
+    fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Self::Unit;
 
     /// `sum` plus the dot product of a unit of weights with the same columns of the vector.
     fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit, sum: f32) -> f32;
 }
 
-/// Q8_1: planes of the units' first and second 16 integers, and one of their factors, 36 bytes a unit. The sums are
-/// made again from the integers: sooner than lanes could exchange them.
+/// Q8_1: for each tile planes of the units' first and second 16 integers, and one of their factors, 36 bytes a unit.
+/// The sums are made again from the integers: sooner than lanes could exchange them.
 #[derive(Clone, Copy, Debug)]
 pub struct Q8_1;
 
@@ -94,13 +95,20 @@ pub struct Q8_1Unit {
 impl Q8_1 {
     /// Stores a word of a block that is quantized already.
     #[inline(always)]
-    pub fn store_quantized(memory: DynamicShared<u32>, n_units: usize, word: usize, quantized: Quantized) {
+    pub fn store_quantized(memory: DynamicShared<u32>, word: usize, quantized: Quantized) {
         let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
-        memory.set((part / 4 * n_units + unit) * 4 + part % 4, quantized.word);
+        let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
+        memory.set(start + (part / 4 * TILE_UNITS + unit) * 4 + part % 4, quantized.word);
         if part == 0 {
-            memory.set(UNIT_WORDS * n_units + unit, quantized.d.to_bits());
+            memory.set(start + UNIT_WORDS * TILE_UNITS + unit, quantized.d.to_bits());
         }
     }
+}
+
+/// The word at which the units that meet tile `tile` start.
+#[inline(always)]
+fn tile_start<X: Activations>(tile: usize) -> usize {
+    tile * TILE_UNITS * X::UNIT_WORDS
 }
 
 impl Activations for Q8_1 {
@@ -110,18 +118,19 @@ impl Activations for Q8_1 {
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_units: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
+    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
         let quantized = quantize(values);
-        if word < n_units * UNIT_WORDS {
-            Self::store_quantized(memory, n_units, word, quantized);
+        if word < n_words {
+            Self::store_quantized(memory, word, quantized);
         }
     }
 
     #[inline(always)]
-    fn load(memory: DynamicShared<u32>, n_units: usize, unit: usize) -> Q8_1Unit {
-        let (low, high) = (memory.get4(unit * 4), memory.get4((n_units + unit) * 4));
+    fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Q8_1Unit {
+        let start = tile_start::<Self>(tile);
+        let (low, high) = (memory.get4(start + unit * 4), memory.get4(start + (TILE_UNITS + unit) * 4));
         let quants = core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32);
-        let d = f32::from_bits(memory.get(UNIT_WORDS * n_units + unit));
+        let d = f32::from_bits(memory.get(start + UNIT_WORDS * TILE_UNITS + unit));
         let sums = half_sums(quants);
         Q8_1Unit { quants, d, d_sum: d * (sums[0] + sums[1]) as f32, sums }
     }
@@ -132,7 +141,7 @@ impl Activations for Q8_1 {
     }
 }
 
-/// f32: eight planes of four values of each unit.
+/// f32: for each tile eight planes of four values of each unit.
 #[derive(Clone, Copy, Debug)]
 pub struct F32Vector;
 
@@ -140,8 +149,8 @@ pub struct F32Vector;
 #[derive(Clone, Copy, Debug)]
 pub struct F32Unit {
     memory: DynamicShared<u32>,
-    n_units: usize,
-    unit: usize,
+    /// The word at which its first four values are.
+    start: usize,
 }
 
 impl Activations for F32Vector {
@@ -151,16 +160,17 @@ impl Activations for F32Vector {
     type Unit = F32Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_units: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
-        if word < n_units * UNIT_WORDS {
+    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
+        if word < n_words {
             let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
-            memory.set4((part * n_units + unit) * 4, values.map(f32::to_bits));
+            let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
+            memory.set4(start + (part * TILE_UNITS + unit) * 4, values.map(f32::to_bits));
         }
     }
 
     #[inline(always)]
-    fn load(memory: DynamicShared<u32>, n_units: usize, unit: usize) -> F32Unit {
-        F32Unit { memory, n_units, unit }
+    fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> F32Unit {
+        F32Unit { memory, start: tile_start::<Self>(tile) + unit * 4 }
     }
 
     #[inline(always)]
@@ -168,7 +178,7 @@ impl Activations for F32Vector {
         let w = weights.dequantize();
         let (before, mut sum) = (sum, 0.0);
         for part in 0..UNIT_WORDS {
-            let values = x.memory.get4((part * x.n_units + x.unit) * 4).map(f32::from_bits);
+            let values = x.memory.get4(x.start + part * TILE_UNITS * 4).map(f32::from_bits);
             for i in 0..4 {
                 sum = mul_add(w[4 * part + i], values[i], sum);
             }

@@ -11,7 +11,7 @@ use core::f32::consts::LOG2_E;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::float::{exp2, f16_to_f32, max, mul_add};
 use cuda_std::grid::{let_next_start, wait_for_previous};
-use cuda_std::memory::{ld_global_u32, ld_global_u32x4};
+use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, prefetch_l2, st_global_u32x4};
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_add_n, warp_reduce_max};
 use cuda_std::{kernel, shared_array};
@@ -25,10 +25,14 @@ pub const BLOCK_DIM: usize = WARPS * WARP_SIZE as usize;
 pub const MAX_HEAD_DIM: usize = 256;
 /// Head sizes are multiples of this.
 pub const HEAD_DIM_STEP: usize = 16;
+/// Most blocks that share a context.
+pub const MAX_SPLITS: usize = 64;
 /// Most query heads that a block takes.
 pub const MAX_HEADS: usize = 4;
 /// Positions that are worth a block of their own: fewer blocks than there could be share a shorter context.
 pub const SPLIT_POSITIONS: u32 = 128;
+// So no split is empty: a length beyond `(n - 1) * SPLIT_POSITIONS` has more than `n - 1` positions for each of `n`.
+const _: () = assert!(MAX_SPLITS <= SPLIT_POSITIONS as usize);
 
 /// Dimensions that a lane holds: 16 bytes of f16.
 const DIMS: usize = 8;
@@ -71,7 +75,7 @@ pub struct Arguments {
     pub lanes: u32,
     /// Positions in the cache.
     pub n_ctx: u32,
-    /// Most blocks that share a context.
+    /// Most blocks that share a context, at most [`MAX_SPLITS`].
     pub n_splits: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
@@ -113,16 +117,23 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     let has_dims = first_dim < a.head_dim;
 
     let_next_start();
-    wait_for_previous();
-
-    // SAFETY: the caller vouches for the step.
+    // SAFETY: the caller vouches for the step, which was written before the kernels of the step started.
     let length = unsafe { (*a.step).position } + 1;
     let n_active = length.div_ceil(SPLIT_POSITIONS).min(a.n_splits);
-    if split >= n_active {
-        return;
-    }
     let per_split = length.div_ceil(n_active);
     let (start, end) = (split * per_split, (split * per_split + per_split).min(length));
+    let is_active = split < n_active;
+    let head_offset = kv_head as usize * a.n_ctx as usize * a.head_dim as usize;
+    if is_active && thread < 2 {
+        // All but the last position were written in earlier steps: they are on their way before the wait.
+        let cache = if thread == 0 { a.k_cache } else { a.v_cache };
+        let from = cache.wrapping_add(head_offset + (start * a.head_dim) as usize);
+        prefetch_l2(from.cast(), (end - start) * a.head_dim * 2);
+    }
+    wait_for_previous();
+    if !is_active {
+        return;
+    }
 
     // Weights are powers of 2: the scores' factor turns e^x into 2^x.
     let factor = a.scale * LOG2_E;
@@ -143,7 +154,7 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
     // SAFETY: the head is one of the cache's.
     let (keys, values) = unsafe {
-        let offset = (kv_head as usize * a.n_ctx as usize) * a.head_dim as usize + first_dim as usize;
+        let offset = head_offset + first_dim as usize;
         (a.k_cache.add(offset), a.v_cache.add(offset))
     };
     let load = |from: *const f16, position: u32| -> [u32; 4] {
@@ -266,32 +277,89 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
         return;
     }
     thread_fence();
-    let mut i = thread;
-    while i < n_values {
-        let head = first_head + i / a.head_dim;
-        let (mut largest, mut sum, mut value) = (LOWEST, 0.0, 0.0);
-        for split in 0..n_active {
-            let at = split * a.n_head + head;
-            // SAFETY: what the row's blocks have written.
-            let (split_max, split_sum, split_value) = unsafe {
-                let sums = a.split_sums.add(2 * at as usize);
-                let value = a.split_values.add((at * a.head_dim + i % a.head_dim) as usize);
-                let read = |from: *const f32| f32::from_bits(ld_global_u32(from.cast()));
-                (read(sums), read(sums.add(1)), read(value))
-            };
-            let new = max(largest, split_max);
-            let (correction, share) = (exp2(largest - new), exp2(split_max - new) * split_sum);
-            largest = new;
-            sum = mul_add(sum, correction, share);
-            value = mul_add(value, correction, share * split_value);
-        }
-        // SAFETY: the element is inside the output, and this thread's own.
-        unsafe { *a.out.add((first_head * a.head_dim + i) as usize) = value / sum };
-        i += BLOCK_DIM as u32;
-    }
+    // SAFETY: what the row's blocks have written is there.
+    unsafe { combine(a, first_head, n_heads, n_active) };
     if thread == 0 {
         // SAFETY: the row's counter, which no other block uses any more.
         unsafe { *a.n_ended.add(row as usize) = 0 };
+    }
+}
+
+/// Combines what the blocks of a row have left.
+///
+/// # Safety
+/// `n_active` splits have values and sums of `n_heads` heads from `first_head` on.
+#[inline(always)]
+unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
+    let factors = shared_array!(ATTENTION_FACTORS: [f32; MAX_HEADS * MAX_SPLITS]);
+    let partial = shared_array!(ATTENTION_PARTIAL: [f32; 4 * BLOCK_DIM]);
+    let thread = thread_idx_x();
+    let (warp, lane) = (thread / WARP_SIZE, thread % WARP_SIZE);
+    if warp < n_heads {
+        // A lane looks at every 32nd split.
+        let sums = |split: u32| {
+            let at = 2 * (split.min(n_active - 1) * a.n_head + first_head + warp) as usize;
+            // SAFETY: the caller's promise.
+            let [max, sum] = unsafe { ld_global_u32x2(a.split_sums.add(at).cast()) }.map(f32::from_bits);
+            if split < n_active { (max, sum) } else { (LOWEST, 0.0) }
+        };
+        const { assert!(MAX_SPLITS == 2 * WARP_SIZE as usize) };
+        let (near, far) = (sums(lane), sums(lane + WARP_SIZE));
+        let largest = warp_reduce_max(FULL_MASK, max(near.0, far.0), WARP_SIZE);
+        let (near, far) = (exp2(near.0 - largest) * near.1, exp2(far.0 - largest) * far.1);
+        let total = warp_reduce_add(FULL_MASK, near + far, WARP_SIZE);
+        let at = warp as usize * MAX_SPLITS + lane as usize;
+        factors.set(at, near / total);
+        factors.set(at + WARP_SIZE as usize, far / total);
+    }
+    sync_threads();
+
+    // Groups of threads share the splits, a thread takes four neighbouring values.
+    let n_quads = n_heads * a.head_dim / 4;
+    let n_groups = BLOCK_DIM as u32 / n_quads;
+    let (group, quad) = (thread / n_quads, thread % n_quads);
+    let head = 4 * quad / a.head_dim;
+    let mut sum = [0.0f32; 4];
+    let mut split = group;
+    while split < n_active {
+        // Four on their way at once.
+        let fetch = |i: u32| {
+            let split = (split + i * n_groups).min(n_active - 1);
+            let at = (split * a.n_head + first_head) * a.head_dim + 4 * quad;
+            // SAFETY: the caller's promise.
+            unsafe { ld_global_u32x4(a.split_values.add(at as usize).cast()) }.map(f32::from_bits)
+        };
+        let add = |i: u32, [v0, v1, v2, v3]: [f32; 4], [s0, s1, s2, s3]: [f32; 4]| {
+            // Splits that are not there have a factor of 0.
+            let at = split + i * n_groups;
+            let factor =
+                if at < n_active { factors.get(head as usize * MAX_SPLITS + at as usize) } else { 0.0 };
+            [
+                mul_add(factor, v0, s0),
+                mul_add(factor, v1, s1),
+                mul_add(factor, v2, s2),
+                mul_add(factor, v3, s3),
+            ]
+        };
+        let (v0, v1, v2, v3) = (fetch(0), fetch(1), fetch(2), fetch(3));
+        sum = add(3, v3, add(2, v2, add(1, v1, add(0, v0, sum))));
+        split += 4 * n_groups;
+    }
+    if group < n_groups {
+        partial.set4(4 * thread as usize, sum);
+    }
+    sync_threads();
+    if group == 0 {
+        let mut sum = [0.0f32; 4];
+        for group in 0..n_groups {
+            let [v0, v1, v2, v3] = partial.get4(4 * (group * n_quads + quad) as usize);
+            sum = [sum[0] + v0, sum[1] + v1, sum[2] + v2, sum[3] + v3];
+        }
+        // SAFETY: the values are the output's, and this thread's own.
+        unsafe {
+            let out = a.out.add((first_head * a.head_dim + 4 * quad) as usize);
+            st_global_u32x4(out.cast(), sum.map(f32::to_bits));
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::rope::angle;
 use crate::step::Step;
-use cuda_std::grid::{let_next_start, wait_for_previous};
+use cuda_std::grid::let_next_start;
 use cuda_std::kernel;
 use cuda_std::thread::index_1d;
 
@@ -28,7 +28,7 @@ pub const BLOCK_DIM: usize = 64;
 ///
 /// # Thread mapping
 /// One thread per unit of 32 columns, and one per pair; any block size, any grid that covers both.
-#[kernel(overlapping)]
+#[kernel]
 pub unsafe fn embed(
     weights: MatrixRef,
     step: *const Step,
@@ -39,7 +39,6 @@ pub unsafe fn embed(
     n_pairs: u32,
 ) {
     let_next_start();
-    wait_for_previous();
     let (index, n_embd) = (index_1d() as usize, n_embd as usize);
     // SAFETY: the caller vouches for the step; each thread writes its own pair.
     let step = unsafe {

@@ -27,7 +27,7 @@ use crate::activations::Q8_1Unit;
 use cuda_std::float::mul_add;
 use cuda_std::intrinsics::dp4a;
 use cuda_std::intrinsics::{dp4a_nibbles, dp4a_sum};
-use tile::TileSource;
+use tile::{TILE_ROWS, TileSource};
 
 /// Columns in a unit: what a lane works on at a time, and as many as a Q8_1 block has.
 pub const UNIT: usize = 32;
@@ -93,11 +93,39 @@ impl Place {
         self.row * self.n_units + self.unit
     }
 
-    /// The number of the unit's block, where a block has eight units.
+    /// The number of the unit and row in a plane that holds the rows of each unit side by side.
     #[inline(always)]
-    pub fn block_of_8(self) -> usize {
-        self.row * (self.n_units / 8) + self.unit / 8
+    pub fn by_unit(self) -> usize {
+        self.unit * TILE_ROWS + self.row
     }
+
+    /// Likewise of the unit's block, where a block has eight units.
+    #[inline(always)]
+    pub fn by_block_of_8(self) -> usize {
+        self.unit / 8 * TILE_ROWS + self.row
+    }
+
+    /// As [`by_unit`](Self::by_unit) for a plane of 16 bytes each, with the rows exchanged from unit to unit so that
+    /// eight lanes which read a row of neighbouring units use all banks of shared memory.
+    #[inline(always)]
+    pub fn by_unit_swizzled(self) -> usize {
+        self.unit * TILE_ROWS + (self.row ^ self.unit / 2 % TILE_ROWS)
+    }
+}
+
+/// The word of row `row`, of those of all rows. Not by its index, which may be known at run time only: the words would
+/// be put into local memory.
+#[inline(always)]
+fn word_of_row(words: [u32; TILE_ROWS], row: usize) -> u32 {
+    let pair = if row < 2 { [words[0], words[1]] } else { [words[2], words[3]] };
+    if row.is_multiple_of(2) { pair[0] } else { pair[1] }
+}
+
+/// Likewise the half word of row `row`.
+#[inline(always)]
+fn half_of_row(words: [u32; 2], row: usize) -> u16 {
+    let pair = if row < 2 { words[0] } else { words[1] };
+    (pair >> (row % 2 * 16)) as u16
 }
 
 /// A unit in registers.
@@ -158,8 +186,8 @@ impl<const OFFSET: i32, const SCALES: usize> WeightUnit for IntegerUnit<OFFSET, 
     fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
         let [q0, q1, q2, q3, q4, q5, q6, q7] = self.quants;
         let [x0, x1, x2, x3, x4, x5, x6, x7] = x.quants;
-        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3]) - OFFSET * x.sums[0];
-        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7]) - OFFSET * x.sums[1];
+        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3], -OFFSET * x.sums[0]);
+        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7], -OFFSET * x.sums[1]);
         if SCALES == 1 {
             mul_add(self.scales[0], x.d * (low + high) as f32, sum)
         } else {

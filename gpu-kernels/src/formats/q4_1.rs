@@ -1,12 +1,13 @@
 //! Q4_1: 32 nibbles, a scale and a minimum; `w = d * q + m` (llama.cpp, ggml-common.h).
 
-use super::{Format, NibbleUnit, Place, WeightFormat, read_u32, tile::TileSource};
+use super::{Format, NibbleUnit, Place, WeightFormat, read_u32, tile::TileSource, word_of_row};
 use cuda_std::float::f16_to_f32;
 
 /// 4-bit weights, one scale and minimum per 32.
 ///
 /// A GGUF block holds `d` and `m` (f16, the minimum is added) and 16 bytes of nibbles: byte `i` holds weight `i` below
-/// and weight `i + 16` above. A tile has a plane of nibbles and one of scales and minimums.
+/// and weight `i + 16` above. A tile has a plane of nibbles and one of scales and minimums, rows side by
+/// side.
 #[derive(Clone, Copy, Debug)]
 pub struct Q4_1;
 
@@ -27,15 +28,16 @@ impl WeightFormat for Q4_1 {
         unsafe {
             let block = row.add(unit * Self::BLOCK_BYTES);
             let nibbles = core::array::from_fn(|i| read_u32(block.add(4 + 4 * i)));
-            *tile.cast::<[u32; 4]>().add(place.index()) = nibbles;
-            *tile.add(4 * place.n_units * 16).cast::<u32>().add(place.index()) = read_u32(block);
+            *tile.cast::<[u32; 4]>().add(place.by_unit_swizzled()) = nibbles;
+            *tile.add(4 * place.n_units * 16).cast::<u32>().add(place.by_unit()) = read_u32(block);
         }
     }
 
     #[inline(always)]
     fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
-        let nibbles = tile.u32x4(place.index() * 16);
-        let scale_and_min = tile.u32(4 * place.n_units * 16 + place.index() * 4);
+        let nibbles = tile.u32x4(place.by_unit_swizzled() * 16);
+        // Of all rows, which are read one after the other.
+        let scale_and_min = word_of_row(tile.u32x4((4 * place.n_units + place.unit) * 16), place.row);
         NibbleUnit {
             nibbles,
             scale: f16_to_f32(scale_and_min as u16),

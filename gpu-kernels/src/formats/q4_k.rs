@@ -1,20 +1,26 @@
 //! Q4_K: 256 nibbles in eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum;
 //! `w = d * sc * q - dmin * m` (llama.cpp, ggml-common.h).
 
-use super::{Format, NibbleUnit, Place, WeightFormat, pack_nibbles, read_u32, tile::TileSource};
+use super::{Format, NibbleUnit, Place, WeightFormat, pack_nibbles, read_u32, tile::TileSource, word_of_row};
 use cuda_std::float::f16_to_f32;
+use cuda_std::intrinsics::byte;
 
 /// 4-bit weights in super-blocks of 256.
 ///
 /// A GGUF block holds `d` and `dmin` (f16), twelve bytes of scales and minimums, and 32 bytes of nibbles for each pair
-/// of sub-blocks, the even one below, the odd one above. A unit is a sub-block. A tile has a plane of nibbles and a
-/// plane of heads of 16 bytes, one per block: `d` and `dmin`, then three words with a nibble for each sub-block: the
-/// low four bits of its scale, those of its minimum, and the high two of both (the scale's below).
+/// of sub-blocks, the even one below, the odd one above. A unit is a sub-block. A tile holds four rows of a block
+/// after the next four ([`GROUP`] bytes each): the units' nibbles; `d` and `dmin` of each row; for each unit a word
+/// with a byte of each row, the scale below and the low two bits of the minimum above; and for each pair of units a
+/// word with a byte of each row, the high four bits of their minimums. So a lane has the scales of four rows at once.
 #[derive(Clone, Copy, Debug)]
 #[allow(non_camel_case_types, reason = "GGUF's name")]
 pub struct Q4_K;
 
-const NIBBLES: usize = 16;
+/// Bytes of four rows of a block, and where in them things start.
+const GROUP: usize = 4 * Q4_K::BLOCK_BYTES;
+const HEADS: usize = 8 * 4 * 16;
+const SCALES: usize = HEADS + 4 * 4;
+const MINS: usize = SCALES + 8 * 4;
 
 /// The 6-bit scale and minimum of sub-block `j`, from the twelve bytes that hold all of them in GGUF.
 ///
@@ -36,7 +42,7 @@ impl WeightFormat for Q4_K {
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
-        4 * n_units * NIBBLES + n_units / 8 * 4 * 16
+        n_units / 8 * GROUP
     }
 
     #[inline(always)]
@@ -47,31 +53,33 @@ impl WeightFormat for Q4_K {
             let block = row.add(unit / 8 * Self::BLOCK_BYTES);
             let quants = block.add(16 + j / 2 * 32);
             let nibbles = pack_nibbles(|i| (*quants.add(i) >> (4 * (j % 2))) & 15);
-            *tile.cast::<[u32; 4]>().add(place.index()) = nibbles;
+            let group = tile.add(unit / 8 % 4 * GROUP);
+            let in_group = Place { unit: j, ..place };
+            *group.cast::<[u32; 4]>().add(in_group.by_unit_swizzled()) = nibbles;
+            let packed = [read_u32(block.add(4)), read_u32(block.add(8)), read_u32(block.add(12))];
+            let (scale, min) = scale_and_min(packed, j);
+            *group.add(SCALES + in_group.by_unit()) = (scale | min << 6) as u8;
+            if j % 2 == 0 {
+                let (_, next_min) = scale_and_min(packed, j + 1);
+                *group.add(MINS + j / 2 * 4 + place.row) = (min >> 2 | next_min >> 2 << 4) as u8;
+            }
             if j == 0 {
-                let packed = [read_u32(block.add(4)), read_u32(block.add(8)), read_u32(block.add(12))];
-                let (mut scales, mut mins, mut high) = (0, 0, 0);
-                for j in 0..8 {
-                    let (scale, min) = scale_and_min(packed, j);
-                    scales |= (scale & 15) << (4 * j);
-                    mins |= (min & 15) << (4 * j);
-                    high |= (scale >> 4 | min >> 4 << 2) << (4 * j);
-                }
-                let heads = tile.add(4 * place.n_units * NIBBLES).cast::<[u32; 4]>();
-                *heads.add(place.block_of_8()) = [read_u32(block), scales, mins, high];
+                *group.add(HEADS).cast::<u32>().add(place.row) = read_u32(block);
             }
         }
     }
 
     #[inline(always)]
     fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
-        let nibbles = tile.u32x4(place.index() * NIBBLES);
-        let head = tile.u32x4(4 * place.n_units * NIBBLES + place.block_of_8() * 16);
-        let shift = 4 * (place.unit as u32 % 8);
-        let high = head[3] >> shift;
-        let scale = (head[1] >> shift) & 15 | (high << 4) & 0x30;
-        let min = (head[2] >> shift) & 15 | (high << 2) & 0x30;
-        let (d, dmin) = (f16_to_f32(head[0] as u16), f16_to_f32((head[0] >> 16) as u16));
-        NibbleUnit { nibbles, scale: d * scale as f32, min: dmin * min as f32 }
+        let (group, j) = (place.unit / 8 * GROUP, place.unit % 8);
+        let nibbles = tile.u32x4(group + Place { unit: j, ..place }.by_unit_swizzled() * 16);
+        // Of all rows, which are read one after the other: what is done for one is done for all.
+        let head = word_of_row(tile.u32x4(group + HEADS), place.row);
+        let scales = tile.u32(group + SCALES + j * 4);
+        let mins = (tile.u32(group + MINS + j / 2 * 4) >> (j % 2 * 4) & 0x0f0f_0f0f) << 2
+            | scales >> 6 & 0x0303_0303;
+        let of_row = |bytes: u32| byte(bytes, place.row as u32) as f32;
+        let (d, dmin) = (f16_to_f32(head as u16), f16_to_f32((head >> 16) as u16));
+        NibbleUnit { nibbles, scale: d * of_row(scales & 0x3f3f_3f3f), min: dmin * of_row(mins) }
     }
 }

@@ -70,7 +70,7 @@ impl Input {
                     let scale = *self.scales.add(((first_word + word) / UNIT_WORDS as u32) as usize);
                     Quantized { word: *self.quants.add((first_word + word) as usize), d: scale.d }
                 };
-                Q8_1::store_quantized(memory, n_units as usize, word as usize, quantized);
+                Q8_1::store_quantized(memory, word as usize, quantized);
                 word += block_dim;
             }
             return 0.0;
@@ -82,24 +82,32 @@ impl Input {
         let mut square_sum = 0.0;
         let mut round = 0;
         while round < n_words {
-            // What a thread works on in four rounds is on its way at once.
             // SAFETY: the vector is as the fields say.
             let fetch =
                 |i: u32| unsafe { self.fetch(first_word + round + i * block_dim + thread, normalises) };
-            let (f0, f1, f2, f3) = (fetch(0), fetch(1), fetch(2), fetch(3));
             let mut store = |i: u32, fetched: Fetched| {
                 let word = round + i * block_dim;
                 if warp_word + word < n_words {
                     let (values, squares) = self.scale(first_word + word + thread, fetched, may_normalise);
                     square_sum += squares;
-                    X::store(memory, n_units as usize, (word + thread) as usize, values);
+                    X::store(memory, n_words as usize, (word + thread) as usize, values);
                 }
             };
-            store(0, f0);
-            store(1, f1);
-            store(2, f2);
-            store(3, f3);
-            round += 4 * block_dim;
+            // A batch is on its way at once. Written out: an array that is filled by a closure would lie in local memory.
+            macro_rules! batch {
+                ($($fetched:ident = $i:literal),*) => {
+                    $(let $fetched = fetch($i);)*
+                    $(store($i, $fetched);)*
+                };
+            }
+            if may_normalise {
+                // These have factors besides, and are the hidden state, which is shorter.
+                batch!(f0 = 0, f1 = 1, f2 = 2, f3 = 3);
+                round += 4 * block_dim;
+            } else {
+                batch!(f0 = 0, f1 = 1, f2 = 2, f3 = 3, f4 = 4, f5 = 5, f6 = 6, f7 = 7);
+                round += 8 * block_dim;
+            }
         }
         square_sum
     }

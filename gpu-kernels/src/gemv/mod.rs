@@ -22,7 +22,7 @@ use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::launch::Kernel;
 use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
+use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Qkv, Store, StoreOrdered, Swiglu};
@@ -60,12 +60,9 @@ pub struct MatrixRef {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
-    /// The logarithm to base 2 of the number of warps that share a quad's tiles; the number divides the block's warps and
-    /// is at most `slab_tiles`.
-    pub log_warps_per_quad: u32,
-    /// Quads that each block has to finish, and how many blocks have one more.
+    /// Quads that each block has to finish.
     pub turns: u32,
-    /// The first so many blocks have a turn more.
+    /// The first so many blocks have a quad more.
     pub blocks_with_more: u32,
     /// Tiles of a quad whose part of the vector fits into shared memory at once: all, unless the activations come in
     /// slabs.
@@ -74,32 +71,29 @@ pub struct Schedule {
     pub stages: u32,
     /// Words of shared memory for a tile.
     pub stage_words: u32,
+    /// Bytes beyond these that each warp asks the L2 cache for while it waits, a multiple of 16.
+    pub prefetched_bytes: u32,
 }
 
 impl Schedule {
-    /// Quads of block `block`.
-    #[inline(always)]
-    pub fn turns_of_block(self, block: u32) -> u32 {
-        self.turns + u32::from(block < self.blocks_with_more)
-    }
-
     /// Words of shared memory that the vector takes, with `unit_words` to a unit.
     #[inline(always)]
     pub fn vector_words(self, unit_words: u32) -> u32 {
         self.slab_tiles * TILE_UNITS as u32 * unit_words
     }
 
-    /// Words of shared memory for the sums of a block's quads, of each warp that shares one.
+    /// Words of shared memory for the sums of a block's quads, of each warp that shares one: from one place to the next
+    /// it is another quad, another warp, or both.
     #[inline(always)]
-    pub fn sums_words(self) -> u32 {
-        ((self.turns + 1) << self.log_warps_per_quad) * TILE_ROWS as u32
+    pub fn sums_words(self, n_warps: u32) -> u32 {
+        (self.turns + 1 + n_warps) * TILE_ROWS as u32
     }
 
     /// Words of shared memory in all, for `n_warps` warps and `unit_words` words of the vector to a unit.
     pub fn shared_words(self, n_warps: u32, unit_words: u32) -> u32 {
         self.vector_words(unit_words)
             + SQUARES_WORDS
-            + self.sums_words()
+            + self.sums_words(n_warps)
             + n_warps * WarpCopies::words(self.stages, self.stage_words)
     }
 }
@@ -208,8 +202,8 @@ impl Dots for Any {
     }
 }
 
-/// The warp's part of the work on the slab of the vector that starts at tile `slab`: leaves the sums of each quad at word
-/// `sums_at` and on, added to what is there unless the slab is the first.
+/// The warp's part of the work on the slab of the vector that starts at tile `slab`: leaves its sums of each quad at
+/// word `sums_at` and on, added to what is there unless the slab is the first.
 ///
 /// # Safety
 /// As [`run`].
@@ -220,56 +214,40 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
     share: Share,
     memory: DynamicShared<u32>,
     sums_at: u32,
+    warp: u32,
     slab: u32,
     n_units: u32,
 ) {
     let lane = lane_id();
-    let (first, end) = (slab + share.first_tile, share.slab_end(slab));
-    if first >= end {
-        return;
-    }
-    // The slab's part of the vector starts at the start of the memory.
-    let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - slab * TILE_UNITS as u32);
     let last_units = n_units - (share.n_tiles - 1) * TILE_UNITS as u32;
-    // A lane beyond the vector reads some other unit, and uses none.
-    let load = |tile: u32| {
-        let unit = ((tile - slab) * TILE_UNITS as u32 + lane).min(slab_units - 1);
-        X::load(memory, slab_units as usize, unit as usize)
-    };
-    let mut loaded = first;
-    let mut x = load(first);
-    let (mut turn, mut tile) = (share.first_turn, first);
-    let mut format = deal.matrix(deal.quad(turn).part).format;
+    let mut walk = share.walk(warp, slab);
+    let mut format = deal.matrix(deal.quad(walk.turn).part).format;
     let mut sums = [0.0f32; TILE_ROWS];
-    while turn < share.turns {
+    while walk.left > 0 {
         let source = stream.next_tile();
-        let tile_units = if tile + 1 == share.n_tiles { last_units } else { TILE_UNITS as u32 };
-        if loaded != tile {
-            x = load(tile);
-            loaded = tile;
-        }
+        let tile_units = if walk.tile + 1 == share.n_tiles { last_units } else { TILE_UNITS as u32 };
         if lane < tile_units {
+            // The slab's part of the vector starts at the start of the memory.
+            let x = X::load(memory, (walk.tile - slab) as usize, lane as usize);
             sums = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x, sums);
         }
-        tile += share.tile_stride;
+        let turn = walk.turn;
         // All lanes meet here after their last read of the tile: its place is free.
-        if tile < end {
+        if !walk.advance() && walk.left > 0 {
             sync_warp(FULL_MASK);
         } else {
             let mut sum = warp_reduce_add_4(sums);
             if lane.is_multiple_of(8) {
-                // A turn's sums lie side by side, those of each warp of the group.
-                let warp_of_turn = turn * share.tile_stride + share.first_tile;
-                let at = (sums_at + warp_of_turn * TILE_ROWS as u32 + lane / 8) as usize;
+                let at = (sums_at + (turn + warp) * TILE_ROWS as u32 + lane / 8) as usize;
                 if X::IN_SLABS && slab > 0 {
                     sum += f32::from_bits(memory.get(at));
                 }
                 memory.set(at, sum.to_bits());
             }
             sums = [0.0; TILE_ROWS];
-            tile = first;
-            turn += share.n_groups;
-            format = deal.matrix(deal.quad(turn).part).format;
+            if N > 1 {
+                format = deal.matrix(deal.quad(walk.turn).part).format;
+            }
         }
         // SAFETY: the matrices are as they say.
         unsafe { stream.refill() };
@@ -290,46 +268,36 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
 ) {
     let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
     let warp = thread / WARP_SIZE;
-    let deal = Deal { matrices };
+    let deal = Deal::new(matrices, schedule);
     let n_units = input.n_units();
-    let share = Share {
-        first_turn: warp >> schedule.log_warps_per_quad,
-        n_groups: n_warps >> schedule.log_warps_per_quad,
-        turns: schedule.turns_of_block(block_idx_x()),
-        first_tile: warp & ((1 << schedule.log_warps_per_quad) - 1),
-        tile_stride: 1 << schedule.log_warps_per_quad,
-        slab_tiles: schedule.slab_tiles,
-        n_tiles: n_units.div_ceil(TILE_UNITS as u32),
-    };
+    let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
+    let slab_tiles = if X::IN_SLABS { schedule.slab_tiles } else { n_tiles };
+    let share = Share::new(n_warps, deal.turns, slab_tiles, n_tiles);
 
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
     let squares = schedule.vector_words(X::UNIT_WORDS as u32);
     let sums_at = squares + SQUARES_WORDS;
     let ring_words = WarpCopies::words(schedule.stages, schedule.stage_words);
-    let ring = sums_at + schedule.sums_words() + warp * ring_words;
-    let mut stream = Stream::new(deal, share, memory, ring, schedule);
+    let ring = sums_at + schedule.sums_words(n_warps) + warp * ring_words;
+    let mut stream = Stream::new(deal, share, warp, memory, ring, schedule, X::IN_SLABS);
     // SAFETY: the matrices are as they say.
-    unsafe { stream.fill(0) };
+    unsafe { stream.fill() };
 
     let_next_start();
+    stream.prefetch(schedule.prefetched_bytes);
+    // Queries, keys and values leave no register for it.
+    let first_warps = if N == 1 { share.warps_of(thread.min(deal.turns - 1)) } else { 0 };
     wait_for_previous();
 
-    // What finishing needs besides the sums is fetched now; it arrives while the products are made.
     let mut first_prepared = E::Prepared::default();
-    if thread < share.turns {
-        let quad = deal.quad(thread);
-        // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
-        first_prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
-    }
-
     let mut square_sum = 0.0;
     let mut slab = 0;
-    while slab < share.n_tiles {
+    while slab < n_tiles {
         if slab > 0 {
             // The part of the vector before this one may still be read.
             sync_threads();
             // SAFETY: the matrices are as they say.
-            unsafe { stream.fill(slab) };
+            unsafe { stream.begin_slab(warp, slab) };
         }
         let first_unit = slab * TILE_UNITS as u32;
         let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - first_unit);
@@ -338,10 +306,16 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         if E::NORMALISES && input.is_normalised() {
             input::store_squares(memory, squares, square_sum);
         }
+        if slab == 0 && thread < deal.turns {
+            // What finishing needs besides the sums: it arrives while the products are made.
+            let quad = deal.quad(thread);
+            // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
+            first_prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
+        }
         sync_threads();
 
         // SAFETY: the caller's promise.
-        unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
+        unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, warp, slab, n_units) };
         if !X::IN_SLABS {
             break;
         }
@@ -350,12 +324,13 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     sync_threads();
 
     let mut turn = thread;
-    while turn < share.turns {
+    while turn < deal.turns {
         let quad = deal.quad(turn);
         let matrix = deal.matrix(quad.part);
+        let warps = if N == 1 && turn == thread { first_warps } else { share.warps_of(turn) };
         let mut sums = [0.0f32; TILE_ROWS];
-        for i in 0..share.tile_stride {
-            let at = sums_at + (turn * share.tile_stride + i) * TILE_ROWS as u32;
+        for warp in (warps & 0xffff)..=(warps >> 16) {
+            let at = sums_at + (turn + warp) * TILE_ROWS as u32;
             let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
             sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
         }
@@ -374,7 +349,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
 
 /// The kernels of a module for activations `$X` and products `$D`.
 macro_rules! define_kernels {
-    ($module:ident, $threads:literal, $X:ident, $D:ty) => {
+    ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty) => {
         /// `y = W x`, `x` normalised first where the input says so.
         ///
         /// # Safety
@@ -389,9 +364,9 @@ macro_rules! define_kernels {
         /// - `output`: `y`
         ///
         /// # Thread mapping
-        /// Block `b` of `n` takes quads `b`, `b + n`, ...; groups of warps take one at a time, a warp every so many
-        /// tiles, a lane one unit of four rows; one thread finishes a quad.
-        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 2))]
+        /// A block takes a run of quads, each of its warps a run of their tiles, a lane one unit of four rows; one
+        /// thread finishes a quad. Blocks of whole warps, at most as many threads as the launch bound says.
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -407,7 +382,7 @@ macro_rules! define_kernels {
         ///
         /// # Thread mapping
         /// As [`gemv`].
-        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 2))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv_add(matrix: MatrixRef, input: Input, schedule: Schedule, output: Add) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -425,7 +400,7 @@ macro_rules! define_kernels {
         ///
         /// # Thread mapping
         /// As [`gemv`].
-        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 2))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv_swiglu(matrix: MatrixRef, input: Input, schedule: Schedule, output: Swiglu) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -438,7 +413,7 @@ macro_rules! define_kernels {
 }
 
 macro_rules! define_qkv {
-    ($module:ident, $threads:literal, $X:ident, $D:ty) => {
+    ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty) => {
         /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended to
         /// the cache.
         ///
@@ -457,7 +432,7 @@ macro_rules! define_qkv {
         ///
         /// # Thread mapping
         /// As [`q4_k::gemv`](super::q4_k::gemv).
-        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 2))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv_qkv(
             q: MatrixRef,
             k: MatrixRef,
@@ -478,8 +453,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 384, Q8_1, One<crate::formats::$Type>);
-            define_qkv!($module, 384, Q8_1, One<crate::formats::$Type>);
+            define_kernels!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -488,21 +463,21 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, 384, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 384, 2, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
-/// Q8_1 activations, weights of any format.
+/// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.
 pub mod mixed {
     use super::*;
-    define_kernels!(mixed, 384, Q8_1, Any);
-    define_qkv!(mixed, 384, Q8_1, Any);
+    define_kernels!(mixed, 384, 1, Q8_1, Any);
+    define_qkv!(mixed, 384, 1, Q8_1, Any);
 }
 
 /// f32 activations, weights of any format.
 pub mod exact {
     use super::*;
-    define_kernels!(exact, 256, F32Vector, Any);
-    define_qkv!(exact, 256, F32Vector, Any);
+    define_kernels!(exact, 256, 2, F32Vector, Any);
+    define_qkv!(exact, 256, 2, F32Vector, Any);
 }
 
 macro_rules! define_ordered {
@@ -521,7 +496,7 @@ macro_rules! define_ordered {
             ///
             /// # Thread mapping
             /// As [`q4_k::gemv`].
-            #[kernel(suffix = $suffix, overlapping, launch_bounds($threads, 2))]
+            #[kernel(suffix = $suffix, overlapping, launch_bounds($threads, 1))]
             pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: StoreOrdered) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
                 unsafe { run::<$X, Any, _, 1>([matrix], input, schedule, output) }

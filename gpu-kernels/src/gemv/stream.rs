@@ -2,16 +2,21 @@
 
 use super::{MatrixRef, Schedule};
 use crate::formats::tile::SharedTile;
+use cuda_std::memory::prefetch_l2;
 use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_idx_x, grid_dim_x};
+use cuda_std::thread::block_idx_x;
+use cuda_std::warp::lane_id;
 
-/// The matrices of a launch, one below the other, and how its quads are dealt out to the blocks: in turns, block `b`
-/// of `n` has quad `b + n * turn`.
+/// The matrices of a launch, one below the other, and which of their quads are this block's: neighbours, a *turn* each.
 #[derive(Clone, Copy)]
 pub struct Deal<const N: usize> {
     /// The matrices, at most three.
     pub matrices: [MatrixRef; N],
+    /// The block's first quad, counted through all matrices.
+    pub first_quad: u32,
+    /// The block's quads.
+    pub turns: u32,
 }
 
 /// A quad: of which matrix, and its number there.
@@ -24,10 +29,22 @@ pub struct Quad {
 }
 
 impl<const N: usize> Deal<N> {
-    /// This block's quad of turn `turn`, which must be one of [`Schedule::turns_of_block`].
+    /// This block's quads.
+    #[inline(always)]
+    pub fn new(matrices: [MatrixRef; N], schedule: Schedule) -> Self {
+        let block = block_idx_x();
+        let with_more = schedule.blocks_with_more;
+        Self {
+            matrices,
+            first_quad: block * schedule.turns + block.min(with_more),
+            turns: schedule.turns + u32::from(block < with_more),
+        }
+    }
+
+    /// The block's quad of turn `turn`.
     #[inline(always)]
     pub fn quad(&self, turn: u32) -> Quad {
-        let mut number = block_idx_x() + grid_dim_x() * turn;
+        let mut number = self.first_quad + turn;
         let mut part = 0;
         // Written out: an array of arguments that is indexed at run time would be copied into local memory.
         if N > 1 && number >= self.matrices[0].n_quads {
@@ -52,19 +69,15 @@ impl<const N: usize> Deal<N> {
     }
 }
 
-/// A warp's share of the work: every `n_groups`-th turn of its block, and of each quad every `warps_per_quad`-th tile.
+/// How a block's tiles are dealt out to its warps: each has a run of neighbours, as long as any other's or one longer.
+///
+/// Of each quad there are `slab_tiles` tiles at a time. In the last slab some of these may not exist; they count all
+/// the same, so that a warp has the same part of each slab.
 #[derive(Clone, Copy)]
 pub struct Share {
-    /// The first turn, and how far apart they are.
-    pub first_turn: u32,
-    /// Groups of warps in the block.
-    pub n_groups: u32,
-    /// Turns of the block.
-    pub turns: u32,
-    /// The first tile of each slab.
-    pub first_tile: u32,
-    /// How far apart tiles are.
-    pub tile_stride: u32,
+    /// Tiles of a warp, and how many warps have one more.
+    per_warp: u32,
+    warps_with_more: u32,
     /// Tiles of a slab.
     pub slab_tiles: u32,
     /// Tiles of a quad.
@@ -72,10 +85,82 @@ pub struct Share {
 }
 
 impl Share {
-    /// The end of the slab that starts at tile `slab`.
+    /// For `n_warps` warps and `turns` quads of `n_tiles` tiles.
     #[inline(always)]
-    pub fn slab_end(&self, slab: u32) -> u32 {
-        (slab + self.slab_tiles).min(self.n_tiles)
+    pub fn new(n_warps: u32, turns: u32, slab_tiles: u32, n_tiles: u32) -> Self {
+        let tiles = turns * slab_tiles;
+        Self { per_warp: tiles / n_warps, warps_with_more: tiles % n_warps, slab_tiles, n_tiles }
+    }
+
+    /// The warp that has tile `tile`, counted through the block's turns.
+    #[inline(always)]
+    fn warp_of(self, tile: u32) -> u32 {
+        let with_more = self.warps_with_more * (self.per_warp + 1);
+        if tile < with_more {
+            tile / (self.per_warp + 1)
+        } else {
+            self.warps_with_more + (tile - with_more) / self.per_warp
+        }
+    }
+
+    /// The warps that share the quad of turn `turn`: the first, and in the upper half the last.
+    #[inline(always)]
+    pub fn warps_of(self, turn: u32) -> u32 {
+        let first = turn * self.slab_tiles;
+        self.warp_of(first) | self.warp_of(first + self.slab_tiles - 1) << 16
+    }
+
+    /// The way of warp `warp` through the slab that starts at tile `slab`.
+    #[inline(always)]
+    pub fn walk(self, warp: u32, slab: u32) -> Walk {
+        let first = warp * self.per_warp + warp.min(self.warps_with_more);
+        let (turn, tile) = (first / self.slab_tiles, first % self.slab_tiles);
+        let end = (slab + self.slab_tiles).min(self.n_tiles);
+        let mut walk = Walk {
+            turn,
+            tile: slab + tile,
+            left: self.per_warp + u32::from(warp < self.warps_with_more),
+            slab,
+            end,
+            missing: slab + self.slab_tiles - end,
+        };
+        if walk.tile >= end {
+            walk.left = walk.left.saturating_sub(self.slab_tiles - tile);
+            (walk.turn, walk.tile) = (turn + 1, slab);
+        }
+        walk
+    }
+}
+
+/// Where a warp is on its way through its tiles.
+#[derive(Clone, Copy)]
+pub struct Walk {
+    /// The turn.
+    pub turn: u32,
+    /// The tile of the turn's quad.
+    pub tile: u32,
+    /// Tiles left, this one counted.
+    pub left: u32,
+    /// The slab's first tile and the one after its last.
+    slab: u32,
+    end: u32,
+    /// Tiles of the slab that do not exist.
+    missing: u32,
+}
+
+impl Walk {
+    /// Goes on to the next tile, and says whether it is the next quad's.
+    #[inline(always)]
+    pub fn advance(&mut self) -> bool {
+        self.left -= 1;
+        self.tile += 1;
+        let is_next = self.tile == self.end;
+        if is_next {
+            self.left = self.left.saturating_sub(self.missing);
+            self.tile = self.slab;
+            self.turn += 1;
+        }
+        is_next
     }
 }
 
@@ -85,67 +170,88 @@ pub struct Stream<const N: usize> {
     share: Share,
     copies: WarpCopies,
     memory: DynamicShared<u32>,
-    /// What is copied next: the tile, its slab's first and end, and the turn.
-    tile: u32,
-    first: u32,
-    end: u32,
-    turn: u32,
-    /// The turn's quad and the bytes of its tiles.
-    quad: *const u8,
+    /// Where the copies are.
+    walk: Walk,
+    /// Where the next one starts.
+    from: *const u8,
+    /// Bytes of the matrix's tiles.
     tile_bytes: u32,
     last_tile_bytes: u32,
+    /// Whether slabs leave out parts of each quad.
+    in_slabs: bool,
 }
 
 impl<const N: usize> Stream<N> {
-    /// The stream of a warp whose ring starts at word `ring`; nothing is under way yet.
+    /// The stream of warp `warp`, whose ring starts at word `ring`; nothing is under way yet.
     #[inline(always)]
     pub fn new(
         deal: Deal<N>,
         share: Share,
+        warp: u32,
         memory: DynamicShared<u32>,
         ring: u32,
         schedule: Schedule,
+        in_slabs: bool,
     ) -> Self {
-        Self {
+        let mut stream = Self {
             deal,
             share,
             copies: WarpCopies::new(memory, ring, schedule.stages, schedule.stage_words),
             memory,
-            tile: 0,
-            first: 0,
-            end: 0,
-            turn: 0,
-            quad: core::ptr::null(),
+            walk: share.walk(warp, 0),
+            from: core::ptr::null(),
             tile_bytes: 0,
             last_tile_bytes: 0,
-        }
+            in_slabs,
+        };
+        stream.find_quad();
+        stream
     }
 
-    /// Begins with the slab that starts at tile `slab`: starts as many copies as the ring has places.
+    /// Starts as many copies as the ring has places.
     ///
     /// # Safety
     /// The matrices must be as they say.
     #[inline(always)]
-    pub unsafe fn fill(&mut self, slab: u32) {
-        self.first = slab + self.share.first_tile;
-        self.end = self.share.slab_end(slab);
-        self.tile = self.first;
-        self.turn = if self.first < self.end { self.share.first_turn } else { self.share.turns };
-        self.find_quad();
+    pub unsafe fn fill(&mut self) {
         for ahead in 0..self.copies.stages() {
             // SAFETY: the caller's promise.
             unsafe { self.start(ahead) };
         }
     }
 
-    /// Looks up the quad of the turn.
+    /// Begins anew with the slab that starts at tile `slab`.
+    ///
+    /// # Safety
+    /// As [`fill`](Self::fill).
+    #[inline(always)]
+    pub unsafe fn begin_slab(&mut self, warp: u32, slab: u32) {
+        self.walk = self.share.walk(warp, slab);
+        self.find_quad();
+        // SAFETY: the caller's promise.
+        unsafe { self.fill() };
+    }
+
+    /// Asks the L2 cache for `bytes` bytes beyond those that are on their way, as far as they are the warp's.
+    #[inline(always)]
+    pub fn prefetch(&self, bytes: u32) {
+        if lane_id() == 0 && self.walk.left > 0 && !self.in_slabs && bytes > 0 {
+            let quad = self.deal.quad(self.walk.turn);
+            let quads_left = self.deal.matrix(quad.part).n_quads - quad.number;
+            let tiles_left = self.walk.left.min(quads_left * self.share.n_tiles - self.walk.tile);
+            prefetch_l2(self.from, bytes.min(tiles_left * self.last_tile_bytes));
+        }
+    }
+
+    /// Looks up where the walk is.
     #[inline(always)]
     fn find_quad(&mut self) {
-        if self.turn < self.share.turns {
-            let quad = self.deal.quad(self.turn);
+        if self.walk.left > 0 {
+            let quad = self.deal.quad(self.walk.turn);
             let matrix = self.deal.matrix(quad.part);
-            let offset = u64::from(quad.number) * u64::from(matrix.quad_bytes);
-            self.quad = matrix.tiles.wrapping_add(offset as usize);
+            let offset = u64::from(quad.number) * u64::from(matrix.quad_bytes)
+                + u64::from(self.walk.tile) * u64::from(matrix.tile_bytes);
+            self.from = matrix.tiles.wrapping_add(offset as usize);
             (self.tile_bytes, self.last_tile_bytes) = (matrix.tile_bytes, matrix.last_tile_bytes);
         }
     }
@@ -156,16 +262,15 @@ impl<const N: usize> Stream<N> {
     /// As [`fill`](Self::fill).
     #[inline(always)]
     unsafe fn start(&mut self, ahead: u32) {
-        if self.turn < self.share.turns {
-            let is_last = self.tile + 1 == self.share.n_tiles;
+        if self.walk.left > 0 {
+            let is_last = self.walk.tile + 1 == self.share.n_tiles;
             let bytes = if is_last { self.last_tile_bytes } else { self.tile_bytes };
-            let offset = u64::from(self.tile) * u64::from(self.tile_bytes);
             // SAFETY: the tile is inside the matrix, and fits a place of the ring.
-            unsafe { self.copies.start(ahead, self.quad.wrapping_add(offset as usize), bytes) };
-            self.tile += self.share.tile_stride;
-            if self.tile >= self.end {
-                self.tile = self.first;
-                self.turn += self.share.n_groups;
+            unsafe { self.copies.start(ahead, self.from, bytes) };
+            // The next quad starts where this one ends, unless it is another matrix's.
+            self.from = self.from.wrapping_add(bytes as usize);
+            let is_next = self.walk.advance();
+            if is_next && (self.in_slabs || N > 1) {
                 self.find_quad();
             }
         }

@@ -3,6 +3,7 @@
 use super::{KvLayer, Rope, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
+use gpu_kernels::attention::MAX_SPLITS;
 use gpu_kernels::step::Step;
 use gpu_kernels::{attention as attention_kernel, kv_cache, rope as rope_kernel};
 
@@ -101,14 +102,14 @@ impl AttentionWorkspace {
         // Two blocks fit on a multiprocessor. On the CPU the heads are blocks enough.
         let wanted = if device.is_cuda() { 2 * device.multiprocessors() as usize } else { 0 };
         let (blocks_per_kv, _) = deal_heads(n_head, n_head_kv)?;
-        let n_splits = (wanted / (n_head_kv * blocks_per_kv)).clamp(1, 64);
+        let n_splits = (wanted / (n_head_kv * blocks_per_kv)).clamp(1, MAX_SPLITS);
         Self::with_splits(device, n_head, n_head_kv, head_dim, n_splits)
     }
 
     /// Room for `n_splits` blocks to share a context.
     ///
     /// # Errors
-    /// When `n_head` is not a multiple of `n_head_kv`, `n_splits` is 0, or the device has no room.
+    /// When `n_head` is not a multiple of `n_head_kv`, `n_splits` is not from 1 to [`MAX_SPLITS`], or the device has no room.
     pub fn with_splits(
         device: &Device,
         n_head: usize,
@@ -116,7 +117,10 @@ impl AttentionWorkspace {
         head_dim: usize,
         n_splits: usize,
     ) -> Result<Self> {
-        ensure!(n_splits > 0, "attention: no block would look at the context");
+        ensure!(
+            (1..=MAX_SPLITS).contains(&n_splits),
+            "attention: a context is shared by 1 to {MAX_SPLITS} blocks, found {n_splits}"
+        );
         let (blocks_per_kv, _) = deal_heads(n_head, n_head_kv)?;
         Ok(Self {
             n_splits,

@@ -263,6 +263,10 @@ enum Room {
     MoreThanHalf,
 }
 
+/// Bytes of a matrix that the L2 cache is asked for ahead of time, beyond what is on its way to shared memory: what
+/// the memory delivers while a kernel waits for the one before and reads its vector.
+const PREFETCHED_BYTES: usize = 16 << 20;
+
 /// What [`Room::MoreThanHalf`] has above the half.
 const ABOVE_HALF: usize = 6 << 10;
 
@@ -288,34 +292,32 @@ fn schedule(
         Room::LessThanHalf => (0, half - ABOVE_HALF),
         Room::MoreThanHalf => (half + ABOVE_HALF, half + ABOVE_HALF),
     };
+    let prefetched_bytes =
+        std::env::var("PREF").map_or(PREFETCHED_BYTES, |v| v.parse::<usize>().unwrap() << 20);
     // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time.
+    let max_warps = std::env::var("WARPS").map_or(max_warps, |v| v.parse().unwrap());
     let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 2) };
 
     let try_fit =
         |n_warps: usize, slab_tiles: usize, room: usize| -> Option<(Schedule, Result<LaunchConfig>)> {
-            let sums_bytes = |turns: usize, log: u32| ((turns + 1) * TILE_ROWS * 4) << log;
-            let most_sums = (n_quads * TILE_ROWS * 4 * slab_tiles.min(n_warps)).div_ceil(SUMS_BYTES);
+            let most_sums = (n_quads * TILE_ROWS * 4).div_ceil(SUMS_BYTES);
             let n_blocks = (device.multiprocessors() as usize).max(most_sums).min(n_quads);
             let turns = n_quads.div_ceil(n_blocks);
-            // The tiles that the busiest warp goes through, for each way to share a quad; of equals, the least sharing.
-            let tiles = |log: u32| turns.div_ceil((n_warps >> log).max(1)) * slab_tiles.div_ceil(1 << log);
-            let divides = |log: &u32| n_warps.is_multiple_of(1 << log);
-            let logs = (0..=n_warps.min(slab_tiles).ilog2()).filter(divides);
-            let log = logs.min_by_key(|&log| tiles(log)).unwrap_or(0);
-            let fixed = slab_tiles * TILE_UNITS * unit_words * 4 + 64 + sums_bytes(turns, log);
-            let ring = room.checked_sub(fixed)? / n_warps;
-            let fits = |stages: &usize| {
-                4 * WarpCopies::words(*stages as u32, stage_bytes as u32 / 4) as usize <= ring
-            };
-            let stages = (2..=most_stages.min(tiles(log).max(2))).rev().find(fits)?;
-            let schedule = Schedule {
-                log_warps_per_quad: log,
+            let mut schedule = Schedule {
                 turns: (n_quads / n_blocks) as u32,
                 blocks_with_more: (n_quads % n_blocks) as u32,
                 slab_tiles: slab_tiles as u32,
-                stages: stages as u32,
+                stages: 0,
                 stage_words: stage_bytes as u32 / 4,
+                prefetched_bytes: (prefetched_bytes / (n_blocks * n_warps) / 16 * 16) as u32,
             };
+            let fixed = 4 * schedule.shared_words(n_warps as u32, unit_words as u32) as usize;
+            let ring = room.checked_sub(fixed)? / n_warps;
+            let most_tiles = (turns * slab_tiles).div_ceil(n_warps);
+            let fits = |stages: &usize| {
+                4 * WarpCopies::words(*stages as u32, stage_bytes as u32 / 4) as usize <= ring
+            };
+            schedule.stages = (2..=most_stages.min(most_tiles.max(2))).rev().find(fits)? as u32;
             Some((schedule, launch_1d(n_blocks, 32 * n_warps)))
         };
     // Rather fewer warps than parts of the vector, rather the next kernel's block beside this one's than more warps.
