@@ -11,7 +11,8 @@ use crate::warp::{FULL_MASK, sync_warp};
 /// Between their last read of a place and the call that fills it again the lanes must meet.
 ///
 /// From compute capability 9.0 on a copy is one instruction of one lane (cp.async.bulk), before that as many of every
-/// lane as it has 512 bytes (cp.async). On the emulator it is complete when it has been started; between then and the
+/// lane as it has 512 bytes (cp.async). What is copied is not expected to be read again: in the L2 cache it gives way to
+/// everything else. On the emulator it is complete when it has been started; between then and the
 /// lanes' reads the warp must have met.
 #[derive(Clone, Copy, Debug)]
 pub struct WarpCopies {
@@ -117,8 +118,10 @@ impl WarpCopies {
                     unsafe {
                         core::arch::asm!(
                             "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {bytes};",
-                            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes \
-                                [{to}], [{from}], {bytes}, [{barrier}];",
+                            "{{ .reg .b64 policy;",
+                            "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;",
+                            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint \
+                                [{to}], [{from}], {bytes}, [{barrier}], policy; }}",
                             barrier = in(reg32) self.barrier(stage),
                             to = in(reg32) self.memory.address_of(self.place_of(stage) as usize),
                             from = in(reg64) from,

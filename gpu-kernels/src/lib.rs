@@ -11,6 +11,7 @@
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
 
 pub mod activations;
+pub mod ahead;
 pub mod argmax;
 pub mod attention;
 pub mod block;

@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{self, Input, KvLayer, Output, Q8_1Vector};
 use anyhow::Result;
+use gpu_kernels::ahead::Ahead;
 
 /// The buffers that only this pass needs.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ pub(super) fn layer(
     ops::rope(device, &mut u.k, rope, &b.step, n_head_kv, head_dim)?;
     probe.after(Op::KRope, index, device, &u.k)?;
     ops::kv_append(device, &u.k, &u.v, cache, &b.step)?;
-    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, &mut b.heads)?;
+    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, Ahead::NOTHING, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
     let heads = input(device, activations, &b.heads, &mut u.heads_q8)?;
     ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x))?;
