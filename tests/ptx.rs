@@ -22,8 +22,8 @@ struct Usage {
 }
 
 fn assemble(architecture: u32, text: &str) -> Vec<Usage> {
-    let folder = std::env::temp_dir().join(format!("warpline-ptx-{}-{architecture}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
     let input = folder.join("kernels.ptx");
     std::fs::write(&input, text).unwrap();
     let output = Command::new(ptxas())
@@ -35,7 +35,6 @@ fn assemble(architecture: u32, text: &str) -> Vec<Usage> {
             panic!("{} does not run ({error}): scripts/fetch-ptxas brings it", ptxas().display())
         });
     let log = String::from_utf8_lossy(&output.stderr).into_owned();
-    std::fs::remove_dir_all(&folder).unwrap();
     assert!(output.status.success(), "ptxas refuses the kernels for sm_{architecture}:\n{log}");
 
     let number_before = |line: &str, unit: &str| -> u32 {
@@ -65,9 +64,9 @@ fn assemble(architecture: u32, text: &str) -> Vec<Usage> {
 #[test]
 fn kernels_assemble_without_spills() {
     for architecture in ARCHITECTURES {
-        let image = ptx_images().rev().find(|(version, _)| *version <= architecture).unwrap();
-        let usages = assemble(architecture, image.1);
-        assert_eq!(usages.len(), image.1.matches(".visible .entry").count());
+        let image = ptx_images().iter().rev().find(|image| image.version <= architecture).unwrap();
+        let usages = assemble(architecture, image.text);
+        assert_eq!(usages.len(), image.kernels().count());
         for prefix in ["gemv", "attention", "rms_norm", "sample"] {
             let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
             assert!(!hot.is_empty(), "no kernel is called {prefix}...");
@@ -88,13 +87,35 @@ fn kernels_assemble_without_spills() {
     }
 }
 
+/// The driver gets one kernel at a time: each must be complete by itself.
+#[test]
+fn each_kernel_is_a_module() {
+    for image in ptx_images() {
+        let names: Vec<&str> = image.kernels().collect();
+        assert!(names.len() > 30, "sm_{}: {names:?}", image.version);
+        let mut assembled = 0;
+        for name in &names {
+            let module = image.module(name).unwrap();
+            assert_eq!(module.matches(".entry ").count(), 1, "{name}");
+            // Of each kind one, and all that share memory in other ways.
+            if !name.starts_with("gemv") || name.ends_with("q4_k") {
+                let usages = assemble(image.version, &module);
+                assert_eq!(usages.iter().map(|usage| usage.kernel.as_str()).collect::<Vec<_>>(), [*name]);
+                assembled += 1;
+            }
+        }
+        println!("sm_{}: {assembled} of {} kernels assembled by themselves", image.version, names.len());
+        let error = image.module("gemv").unwrap_err();
+        assert!(error.to_string().contains("no kernel gemv"), "{error}");
+    }
+}
+
 #[test]
 fn integer_kernels_use_dp4a() {
-    for (version, text) in ptx_images() {
+    for image in ptx_images() {
+        let version = image.version;
         for format in ["q8_0", "q4_1", "q4_k", "q6_k"] {
-            let name = format!(".entry gemv_{format}(");
-            let body = text.split(&name).nth(1).unwrap_or_else(|| panic!("no kernel gemv_{format}"));
-            let body = body.split(".visible .entry").next().unwrap();
+            let body = image.module(&format!("gemv_{format}")).unwrap();
             let count = body.matches("dp4a.s32.s32").count();
             assert!(count >= 8, "sm_{version}: gemv_{format} has {count} dp4a instructions");
             assert!(!body.contains(".local"), "sm_{version}: gemv_{format} uses local memory");

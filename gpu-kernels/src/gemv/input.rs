@@ -102,11 +102,11 @@ impl Input {
             }
             if may_normalise {
                 // These have factors besides, and are the hidden state, which is shorter.
-                batch!(f0 = 0, f1 = 1, f2 = 2, f3 = 3);
-                round += 4 * block_dim;
+                batch!(f0 = 0, f1 = 1, f2 = 2);
+                round += 3 * block_dim;
             } else {
-                batch!(f0 = 0, f1 = 1, f2 = 2, f3 = 3, f4 = 4, f5 = 5, f6 = 6, f7 = 7);
-                round += 8 * block_dim;
+                batch!(f0 = 0, f1 = 1, f2 = 2, f3 = 3, f4 = 4, f5 = 5);
+                round += 6 * block_dim;
             }
         }
         square_sum

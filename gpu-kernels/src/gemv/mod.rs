@@ -25,7 +25,7 @@ use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
-use epilogue::{Add, Epilogue, Qkv, Store, StoreOrdered, Swiglu};
+use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
 use stream::{Deal, Share, Stream};
 
@@ -89,11 +89,20 @@ impl Schedule {
         (self.turns + 1 + n_warps) * TILE_ROWS as u32
     }
 
-    /// Words of shared memory in all, for `n_warps` warps and `unit_words` words of the vector to a unit.
-    pub fn shared_words(self, n_warps: u32, unit_words: u32) -> u32 {
+    /// Words of shared memory for what is known of each quad beforehand: which warps share it, and the `prepared_words`
+    /// words that its epilogue needs.
+    #[inline(always)]
+    pub fn prepared_words(self, prepared_words: u32) -> u32 {
+        (self.turns + 1).next_multiple_of(4) + (self.turns + 1) * prepared_words
+    }
+
+    /// Words of shared memory in all, for `n_warps` warps, `unit_words` words of the vector to a unit, and
+    /// `prepared_words` words that the epilogue prepares.
+    pub fn shared_words(self, n_warps: u32, unit_words: u32, prepared_words: u32) -> u32 {
         self.vector_words(unit_words)
             + SQUARES_WORDS
             + self.sums_words(n_warps)
+            + self.prepared_words(prepared_words)
             + n_warps * WarpCopies::words(self.stages, self.stage_words)
     }
 }
@@ -219,16 +228,15 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
     n_units: u32,
 ) {
     let lane = lane_id();
-    let last_units = n_units - (share.n_tiles - 1) * TILE_UNITS as u32;
     let mut walk = share.walk(warp, slab);
-    let mut format = deal.matrix(deal.quad(walk.turn).part).format;
     let mut sums = [0.0f32; TILE_ROWS];
     while walk.left > 0 {
         let source = stream.next_tile();
-        let tile_units = if walk.tile + 1 == share.n_tiles { last_units } else { TILE_UNITS as u32 };
+        let tile_units = (n_units - walk.tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
         if lane < tile_units {
             // The slab's part of the vector starts at the start of the memory.
             let x = X::load(memory, (walk.tile - slab) as usize, lane as usize);
+            let format = deal.matrix(deal.quad(walk.turn).part).format;
             sums = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x, sums);
         }
         let turn = walk.turn;
@@ -245,9 +253,6 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
                 memory.set(at, sum.to_bits());
             }
             sums = [0.0; TILE_ROWS];
-            if N > 1 {
-                format = deal.matrix(deal.quad(walk.turn).part).format;
-            }
         }
         // SAFETY: the matrices are as they say.
         unsafe { stream.refill() };
@@ -278,18 +283,31 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let squares = schedule.vector_words(X::UNIT_WORDS as u32);
     let sums_at = squares + SQUARES_WORDS;
     let ring_words = WarpCopies::words(schedule.stages, schedule.stage_words);
-    let ring = sums_at + schedule.sums_words(n_warps) + warp * ring_words;
+    let warps_at = sums_at + schedule.sums_words(n_warps);
+    let prepared_at = warps_at + (schedule.turns + 1).next_multiple_of(4);
+    let ring = warps_at + schedule.prepared_words(E::Prepared::WORDS) + warp * ring_words;
     let mut stream = Stream::new(deal, share, warp, memory, ring, schedule, X::IN_SLABS);
     // SAFETY: the matrices are as they say.
     unsafe { stream.fill() };
 
     let_next_start();
     stream.prefetch(schedule.prefetched_bytes);
-    // Queries, keys and values leave no register for it.
-    let first_warps = if N == 1 { share.warps_of(thread.min(deal.turns - 1)) } else { 0 };
+    // Whose sums make up a quad takes divisions to know: found out now, by the thread that will need it.
+    let mut turn = thread;
+    while turn < deal.turns {
+        memory.set((warps_at + turn) as usize, share.warps_of(turn));
+        turn += block_dim_x();
+    }
     wait_for_previous();
 
-    let mut first_prepared = E::Prepared::default();
+    // What finishing needs besides the sums, on its way beside the vector.
+    let prepared_place = |turn: u32| (prepared_at + turn * E::Prepared::WORDS) as usize;
+    let mut prepared = E::Prepared::default();
+    if thread < deal.turns {
+        let quad = deal.quad(thread);
+        // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
+        prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
+    }
     let mut square_sum = 0.0;
     let mut slab = 0;
     while slab < n_tiles {
@@ -307,10 +325,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
             input::store_squares(memory, squares, square_sum);
         }
         if slab == 0 && thread < deal.turns {
-            // What finishing needs besides the sums: it arrives while the products are made.
-            let quad = deal.quad(thread);
-            // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
-            first_prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
+            prepared.store(memory, prepared_place(thread));
         }
         sync_threads();
 
@@ -327,7 +342,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     while turn < deal.turns {
         let quad = deal.quad(turn);
         let matrix = deal.matrix(quad.part);
-        let warps = if N == 1 && turn == thread { first_warps } else { share.warps_of(turn) };
+        let warps = memory.get((warps_at + turn) as usize);
         let mut sums = [0.0f32; TILE_ROWS];
         for warp in (warps & 0xffff)..=(warps >> 16) {
             let at = sums_at + (turn + warp) * TILE_ROWS as u32;
@@ -340,7 +355,11 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         }
         // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
         unsafe {
-            let prepared = if turn == thread { first_prepared } else { epilogue.prepare(quad, matrix) };
+            let prepared = if turn == thread {
+                E::Prepared::load(memory, prepared_place(turn))
+            } else {
+                epilogue.prepare(quad, matrix)
+            };
             epilogue.finish(quad, matrix, sums, prepared);
         }
         turn += block_dim_x();

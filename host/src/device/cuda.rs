@@ -1,5 +1,6 @@
 //! An NVIDIA GPU as a device: `cust` loads the PTX and launches on one stream.
 
+use super::ptx::{PtxImage, ptx_images};
 use anyhow::{Context as _, Result, bail, ensure};
 use cuda_driver::{LaunchAttribute, PROGRAMMATIC_STREAM_SERIALIZATION};
 use cuda_std::launch::{KernelInfo, LaunchConfig};
@@ -17,21 +18,6 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex};
 
-/// The kernels compiled for one GPU architecture.
-struct PtxImage {
-    /// The architecture's number: 90 for sm_90, which runs on compute capability 9.0 and later.
-    version: u32,
-    text: &'static str,
-}
-
-/// Written by the build script, oldest architecture first.
-const PTX_IMAGES: &[PtxImage] = &include!(concat!(env!("OUT_DIR"), "/ptx_images.rs"));
-
-/// The kernels' PTX: the architecture's number (90 for sm_90) and the text, oldest first.
-pub fn ptx_images() -> impl DoubleEndedIterator<Item = (u32, &'static str)> {
-    PTX_IMAGES.iter().map(|image| (image.version, image.text))
-}
-
 thread_local! {
     /// The stream that this thread's launches go to while they are recorded.
     static RECORDER: RefCell<Option<Stream>> = const { RefCell::new(None) };
@@ -40,18 +26,17 @@ thread_local! {
 pub(super) struct CudaDevice {
     context: Arc<Context>,
     stream: Stream,
-    /// The kernels' functions, by [`KernelInfo::id`]; each is looked up once.
+    image: &'static PtxImage,
+    /// The kernels' functions, by [`KernelInfo::id`]; each is loaded when it is first launched.
     functions: Mutex<Vec<Option<Function<'static>>>>,
-    module: &'static Module,
     name: String,
     version: u32,
-    ptx_version: u32,
     multiprocessors: u32,
     /// Shared memory that a block can have.
     shared_bytes: u32,
 }
 
-// SAFETY: function handles belong to the module, which is never unloaded, and the driver may be called from any
+// SAFETY: function handles belong to modules that are never unloaded, and the driver may be called from any
 // thread that has made the context current, which `enter` does.
 unsafe impl Send for CudaDevice {}
 // SAFETY: as above; the table of functions is behind a mutex.
@@ -68,9 +53,9 @@ impl CudaDevice {
         let attribute = |attribute| device.get_attribute(attribute).map(|value| value as u32);
         let version = 10 * attribute(DeviceAttribute::ComputeCapabilityMajor)?
             + attribute(DeviceAttribute::ComputeCapabilityMinor)?;
-        let image = PTX_IMAGES.iter().rev().find(|image| image.version <= version);
+        let image = ptx_images().iter().rev().find(|image| image.version <= version);
         let image = image.with_context(|| {
-            let oldest = PTX_IMAGES[0].version;
+            let oldest = ptx_images()[0].version;
             format!(
                 "{name} has compute capability {}.{}, and Warpline needs {}.{} or later",
                 version / 10,
@@ -87,18 +72,13 @@ impl CudaDevice {
             sys::cuDeviceGetAttribute(&mut shared_bytes, attribute, device.as_raw())
         })?;
         let context = Arc::new(Context::new(device).with_context(|| format!("{name} cannot be used"))?);
-        let module = Module::from_ptx(image.text, &[]).with_context(|| {
-            format!("the driver does not accept the kernels (sm_{}) for {name}", image.version)
-        })?;
         Ok(Self {
             context,
             stream: Stream::new(StreamFlags::DEFAULT, None)?,
+            image,
             functions: Mutex::new(Vec::new()),
-            // Kernels may be launched until the process ends; the driver frees the module with the context.
-            module: Box::leak(Box::new(module)),
             name,
             version,
-            ptx_version: image.version,
             multiprocessors,
             shared_bytes: shared_bytes as u32,
         })
@@ -110,7 +90,7 @@ impl CudaDevice {
             self.name,
             self.version / 10,
             self.version % 10,
-            self.ptx_version
+            self.image.version
         )
     }
 
@@ -235,7 +215,7 @@ impl CudaDevice {
             }
         };
         // A GPU that cannot overlap kernels takes the attribute as well, but its kernels do not wait by themselves.
-        let overlaps = kernel.overlapping && self.ptx_version >= 90;
+        let overlaps = kernel.overlapping && self.image.version >= 90;
         let attributes = [LaunchAttribute::word(PROGRAMMATIC_STREAM_SERIALIZATION, 1)];
         // SAFETY: the caller's promise; the pointers are to the values that the kernel's parameters take.
         let code = RECORDER.with_borrow(|recorder| unsafe {
@@ -259,11 +239,16 @@ impl CudaDevice {
         })
     }
 
-    /// A kernel's function, with as much shared memory as a launch may ask for.
+    /// Loads a kernel, with as much shared memory as a launch may ask for.
     fn function(&self, kernel: &KernelInfo) -> Result<Function<'static>> {
         use sys::CUfunction_attribute::*;
-        let function = self.module.get_function(kernel.name);
-        let function = function.with_context(|| format!("the PTX has no kernel {}", kernel.name))?;
+        let module = Module::from_ptx(self.image.module(kernel.name)?, &[]).with_context(|| {
+            let version = self.image.version;
+            format!("the driver does not accept the kernel {} (sm_{version}) for {}", kernel.name, self.name)
+        })?;
+        // It may be launched until the process ends; the driver frees the module with the context.
+        let module: &'static Module = Box::leak(Box::new(module));
+        let function = module.get_function(kernel.name)?;
         let mut fixed = 0;
         // SAFETY: the function was just looked up.
         unsafe {

@@ -6,9 +6,10 @@
 mod buffer;
 mod cpu;
 mod cuda;
+mod ptx;
 
 pub use buffer::{Buffer, HostBuffer};
-pub use cuda::ptx_images;
+pub use ptx::{PtxImage, ptx_images};
 
 use anyhow::{Context as _, Result, ensure};
 use buffer::Memory;

@@ -9,7 +9,7 @@ use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
 use gpu_kernels::ahead::Ahead;
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::{TILE_ROWS, TILE_UNITS};
-use gpu_kernels::gemv::epilogue::{Add, Qkv, Store, StoreOrdered, Swiglu};
+use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
 use gpu_kernels::gemv::{self as kernels, Kernels, MatrixRef, Schedule};
 use gpu_kernels::rope::RopeLayout;
@@ -36,11 +36,10 @@ pub enum Output<'a> {
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
     let is_plain = norm.is_none();
     let input = input("gemv", weights, x, norm)?;
-    let room = match output {
-        Output::Add(_) => Room::MoreThanHalf,
-        _ => Room::LessThanHalf,
+    let (schedule, config) = match output {
+        Output::Add(_) => schedule::<Add>(device, &[weights], x.is_exact(), Room::MoreThanHalf)?,
+        _ => schedule::<Store>(device, &[weights], x.is_exact(), Room::LessThanHalf)?,
     };
-    let (schedule, config) = schedule(device, &[weights], x.is_exact(), room)?;
     let kernels = kernels(weights, x);
     let matrix = weights.as_ref()?;
     let is_natural = weights.order() == RowOrder::NATURAL;
@@ -106,7 +105,7 @@ pub fn gemv_swiglu(
     );
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
-    let (schedule, config) = schedule(device, &[gate_up], x.is_exact(), Room::LessThanHalf)?;
+    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], x.is_exact(), Room::LessThanHalf)?;
     let kernel = kernels(gate_up, x).gemv_swiglu;
     let output = Swiglu { y: y.as_mut_ptr() };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
@@ -193,7 +192,7 @@ pub fn gemv_qkv(
             RopeLayout::HalfSplit => dim(n_rot / 2)?,
         },
     };
-    let (schedule, config) = schedule(device, &weights.matrices, x.is_exact(), Room::LessThanHalf)?;
+    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, x.is_exact(), Room::LessThanHalf)?;
     let kernel = match x.is_exact() {
         true => &kernels::exact::GEMV_QKV,
         false => kernels::qkv_kernel(weights.matrices.map(Matrix::format)),
@@ -208,7 +207,7 @@ pub fn gemv_qkv(
 /// # Errors
 /// As [`gemv_swiglu`].
 pub fn swiglu_ahead(device: &Device, weights: &Matrix, is_exact: bool) -> Result<Ahead> {
-    let (_, config) = schedule(device, &[weights], is_exact, Room::LessThanHalf)?;
+    let (_, config) = schedule::<Swiglu>(device, &[weights], is_exact, Room::LessThanHalf)?;
     let n_pieces = config.grid[0] as usize * config.block[0] as usize / 32;
     let sixteens = |bytes: usize| dim(bytes / n_pieces / 16 * 16);
     let ahead = std::env::var("AHEAD").map_or(AHEAD_BYTES, |v| v.parse::<usize>().unwrap() << 20);
@@ -266,8 +265,8 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
     Ok(input)
 }
 
-/// Most bytes of shared memory for the sums of a block's quads: beyond that, more blocks take them.
-const SUMS_BYTES: usize = 16 << 10;
+/// Most bytes of shared memory for what a block keeps of its quads: beyond that, more blocks take them.
+const QUADS_BYTES: usize = 16 << 10;
 
 /// How much of a multiprocessor's shared memory a block takes.
 ///
@@ -293,7 +292,7 @@ const ABOVE_HALF: usize = 6 << 10;
 
 /// Deals out the work: one block per multiprocessor, of which each has its share of quads, and as many tiles on their
 /// way as there is room for.
-fn schedule(
+fn schedule<E: Epilogue>(
     device: &Device,
     matrices: &[&Matrix],
     is_exact: bool,
@@ -303,6 +302,7 @@ fn schedule(
         true => (F32Vector::UNIT_WORDS, F32Vector::MAX_WARPS, F32Vector::IN_SLABS),
         false => (Q8_1::UNIT_WORDS, Q8_1::MAX_WARPS, Q8_1::IN_SLABS),
     };
+    let prepared_words = E::Prepared::WORDS;
     let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
     let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
     let stage_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0);
@@ -321,8 +321,9 @@ fn schedule(
 
     let try_fit =
         |n_warps: usize, slab_tiles: usize, room: usize| -> Option<(Schedule, Result<LaunchConfig>)> {
-            let most_sums = (n_quads * TILE_ROWS * 4).div_ceil(SUMS_BYTES);
-            let n_blocks = (device.multiprocessors() as usize).max(most_sums).min(n_quads);
+            let quad_bytes = 4 * (TILE_ROWS + 1 + prepared_words as usize);
+            let least_blocks = (n_quads * quad_bytes).div_ceil(QUADS_BYTES);
+            let n_blocks = (device.multiprocessors() as usize).max(least_blocks).min(n_quads);
             let turns = n_quads.div_ceil(n_blocks);
             let mut schedule = Schedule {
                 turns: (n_quads / n_blocks) as u32,
@@ -332,7 +333,7 @@ fn schedule(
                 stage_words: stage_bytes as u32 / 4,
                 prefetched_bytes: (prefetched_bytes / (n_blocks * n_warps) / 16 * 16) as u32,
             };
-            let fixed = 4 * schedule.shared_words(n_warps as u32, unit_words as u32) as usize;
+            let fixed = 4 * schedule.shared_words(n_warps as u32, unit_words as u32, prepared_words) as usize;
             let ring = room.checked_sub(fixed)? / n_warps;
             let most_tiles = (turns * slab_tiles).div_ceil(n_warps);
             let fits = |stages: &usize| {
@@ -359,7 +360,7 @@ fn schedule(
         )
     })?;
     let mut config = config?;
-    let shared_bytes = 4 * schedule.shared_words(config.block[0] / 32, unit_words as u32);
+    let shared_bytes = 4 * schedule.shared_words(config.block[0] / 32, unit_words as u32, prepared_words);
     config.dynamic_shared_bytes = shared_bytes.max(least as u32);
     Ok((schedule, config))
 }
