@@ -208,6 +208,13 @@ mod tests {
     }
 
     #[test]
+    fn bytes_are_counted_from_the_lowest() {
+        let word = 0x80_7f_01_ff;
+        assert_eq!([0, 1, 2, 3].map(|i| byte(word, i)), [255, 1, 127, 128]);
+        assert_eq!([0, 1, 2, 3].map(|i| signed_byte(word, i)), [-1, 1, 127, -128]);
+    }
+
+    #[test]
     fn dp4a_sum_matches_dp4a() {
         fn check<const N: usize>(seed: u32) {
             let mut state = seed;
@@ -219,7 +226,8 @@ mod tests {
                 (std::array::from_fn(|_| next()), std::array::from_fn(|_| next()));
             let expected = (0..N).fold(0, |sum, i| dp4a(a[i], b[i], sum));
             assert_eq!(expected, (0..N).map(|i| portable_dp4a(a[i], b[i])).sum(), "N = {N}, seed = {seed}");
-            assert_eq!(dp4a_sum(a, b), expected, "N = {N}, seed = {seed}");
+            assert_eq!(dp4a_sum(a, b, 0), expected, "N = {N}, seed = {seed}");
+            assert_eq!(dp4a_sum(a, b, -7), expected.wrapping_sub(7), "N = {N}, seed = {seed}");
         }
         for seed in 0..100 {
             check::<0>(seed);
