@@ -1,0 +1,182 @@
+//! The list of a step's operations, as the kernel reads it from device memory.
+
+use bytemuck::{Pod, Zeroable};
+use half::f16;
+
+/// What a stage does. Each product reads the vector `input` and, where `gamma` is there, normalises it first.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Queries, keys and values: bias, rotation, keys and values to the cache as well.
+    Qkv = 0,
+    /// Attention over a part of the context.
+    Attention = 1,
+    /// The parts of a context together, where it has several.
+    Combine = 2,
+    /// `output = residual + W input`.
+    Add = 3,
+    /// `output = silu(G input) * (U input)`.
+    Swiglu = 4,
+    /// `logits = W input`.
+    Logits = 5,
+}
+
+/// A packed matrix of a product.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    /// The tiles.
+    pub tiles: *const u8,
+    /// A [`Format`](crate::formats::Format).
+    pub format: u32,
+    /// Rows; the last quad is filled up.
+    pub n_rows: u32,
+    /// Quads of four rows.
+    pub n_quads: u32,
+    /// Bytes of a tile of 32 units.
+    pub tile_bytes: u32,
+    /// Bytes of the last tile of a row, which may be shorter.
+    pub last_tile_bytes: u32,
+    /// Bytes of a quad.
+    pub quad_bytes: u32,
+}
+
+impl Part {
+    /// No matrix.
+    pub const NONE: Self = Self {
+        tiles: core::ptr::null(),
+        format: 0,
+        n_rows: 0,
+        n_quads: 0,
+        tile_bytes: 0,
+        last_tile_bytes: 0,
+        quad_bytes: 0,
+    };
+}
+
+/// Queries, keys, values and attention.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// Keys: `[n_head_kv, n_ctx, head_dim]`, at a multiple of 16 bytes.
+    pub k_cache: *mut f16,
+    /// Values, likewise.
+    pub v_cache: *mut f16,
+    /// Biases of the queries, keys and values; null where there are none.
+    pub bias: [*const f32; 3],
+    /// Cosine and sine of the angle of each pair at the step's position: `[n_rot / 2]`.
+    pub rotation: *const [f32; 2],
+    /// Query heads.
+    pub n_head: u32,
+    /// Key-value heads.
+    pub n_head_kv: u32,
+    /// Values in a head, a multiple of 16, at most 256.
+    pub head_dim: u32,
+    /// `2^32 / head_dim`, rounded up ([`Heads::reciprocal`]).
+    pub per_head_dim: u32,
+    /// Positions in the cache.
+    pub n_ctx: u32,
+    /// Values of a head that are rotated, even.
+    pub n_rot: u32,
+    /// How far apart the values of a pair are: 1, or half of what is rotated.
+    pub pair_distance: u32,
+    /// Blocks that the query heads of a key-value head are dealt out to, and how many each takes.
+    pub blocks_per_kv: u32,
+    /// See above; at most [`MAX_HEADS`](super::attention::MAX_HEADS).
+    pub heads_per_block: u32,
+    /// Lanes that share a position: the power of two from `head_dim / 8` on, at least 8.
+    pub lanes: u32,
+    /// Most blocks that share a context, at most [`MAX_SPLITS`](super::attention::MAX_SPLITS).
+    pub n_splits: u32,
+    /// The factor of the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// Where the results of parts of the context are, `[n_splits, n_head, head_dim]`, in words from the set's start.
+    pub split_values: u32,
+    /// Their largest scores (times log2 e) and sums of weights: `[n_splits, n_head, 4]`, of which two are used.
+    pub split_sums: u32,
+}
+
+impl Heads {
+    /// What a number is multiplied with to be divided by `head_dim`: exact below 2^32 / head_dim (Granlund and
+    /// Montgomery, 1994).
+    pub const fn reciprocal(head_dim: u32) -> u32 {
+        ((1u64 << 32) / head_dim as u64 + 1) as u32
+    }
+}
+
+/// An operation. Vectors are given by the word at which they start in their set, a multiple of 4.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Stage {
+    /// A [`Kind`].
+    pub kind: u32,
+    /// Values of the input.
+    pub n: u32,
+    /// `1 / n`.
+    pub per_n: f32,
+    /// What RMSNorm adds to the mean square.
+    pub eps: f32,
+    /// The vector that is read. For attention queries, keys and values, one after the other.
+    pub input: u32,
+    /// The vector that a product is added to.
+    pub residual: u32,
+    /// The vector that is written.
+    pub output: u32,
+    /// Quads of four rows that each block of the grid has to finish.
+    pub turns: u32,
+    /// The first so many blocks have a quad more.
+    pub blocks_with_more: u32,
+    /// Tiles of a quad.
+    pub n_tiles: u32,
+    /// The factors of RMSNorm, `[n]`, at a multiple of 16 bytes; null where nothing is normalised.
+    pub gamma: *const f32,
+    /// The logits, which are no vector of the step.
+    pub logits: *mut f32,
+    /// The matrices of a product, one below the other.
+    pub parts: [Part; 3],
+    /// Of queries, keys and values and of attention.
+    pub heads: Heads,
+}
+
+// SAFETY: numbers and addresses, all of which may be 0.
+unsafe impl Zeroable for Stage {}
+// SAFETY: numbers and addresses without padding between them, as the assertion below says.
+unsafe impl Pod for Stage {}
+const _: () = assert!(size_of::<Stage>() == 10 * 4 + 2 * 8 + 3 * 32 + 6 * 8 + 14 * 4);
+
+/// A quad of a product: of which matrix, and its number there.
+#[derive(Clone, Copy)]
+pub struct Quad {
+    /// The matrix.
+    pub part: u32,
+    /// Counted from the matrix's first.
+    pub number: u32,
+}
+
+impl Stage {
+    /// Whether it multiplies.
+    #[inline(always)]
+    pub fn is_product(&self) -> bool {
+        self.kind != Kind::Attention as u32 && self.kind != Kind::Combine as u32
+    }
+
+    /// A block's first quad, counted through all matrices, and how many it has.
+    #[inline(always)]
+    pub fn deal(&self, block: u32) -> (u32, u32) {
+        let with_more = self.blocks_with_more;
+        (block * self.turns + block.min(with_more), self.turns + u32::from(block < with_more))
+    }
+
+    /// A quad by its number through all matrices.
+    #[inline(always)]
+    pub fn quad(&self, number: u32) -> Quad {
+        let [first, second, _] = &self.parts;
+        if number < first.n_quads {
+            Quad { part: 0, number }
+        } else if number - first.n_quads < second.n_quads {
+            Quad { part: 1, number: number - first.n_quads }
+        } else {
+            Quad { part: 2, number: number - first.n_quads - second.n_quads }
+        }
+    }
+}
