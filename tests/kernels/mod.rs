@@ -7,6 +7,7 @@ mod attention;
 mod elementwise;
 pub mod formats;
 mod gemv;
+mod read;
 mod sample;
 
 use host::device::{Buffer, Device, DeviceChoice};
