@@ -260,8 +260,20 @@ fn bench_needs_no_tokenizer() {
         assert!(result["mean"].as_f64().unwrap() > 0.0 && result["deviation"].as_f64().unwrap() >= 0.0);
     }
     assert!(results[1]["gb_per_s"].as_f64().unwrap() > 0.0);
+    let deep = json(&subcommand("bench", &model, &["-p", "0", "-n", "3", "-r", "1", "-d", "100", "--json"]));
+    assert_eq!(deep["depth"].as_u64(), Some(100));
+    assert_eq!(deep["results"].as_array().unwrap().len(), 1);
     let table = stdout(&subcommand("bench", &model, &args));
     assert!(table.contains("prefill") && table.contains("decode") && table.contains("GB/s"), "{table}");
+}
+
+#[test]
+fn presets_are_named_when_there_is_none_of_a_name() {
+    let output = host(["bench", "--preset", "llama3-9b"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    for word in ["llama3-9b", "llama3-8b", "llama3.2-1b", "qwen2.5-1.5b", "qwen2.5-7b"] {
+        assert!(stderr(&output).contains(word), "{}", stderr(&output));
+    }
 }
 
 #[test]
@@ -437,6 +449,7 @@ fn bad_files_are_one_error_line() {
     let nowhere = ["--chart", "/missing/chart.svg"];
     assert_fails(&subcommand("profile", &model, &nowhere), &["/missing/chart.svg", "No such file"]);
     assert_fails(&subcommand("bench", &model, &["-p", "9", "-n", "1", "--ctx", "8"]), &["9 tokens", "8"]);
+    assert_fails(&subcommand("bench", &model, &["-n", "9", "-d", "120"]), &["632 tokens", "128"]);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod attention;
 mod elementwise;
 pub mod formats;
 mod gemv;
+mod random;
 mod read;
 mod sample;
 

@@ -109,7 +109,7 @@ impl Place {
     /// eight lanes which read a row of neighbouring units use all banks of shared memory.
     #[inline(always)]
     pub fn by_unit_swizzled(self) -> usize {
-        self.unit * TILE_ROWS + (self.row ^ self.unit / 2 % TILE_ROWS)
+        self.unit * TILE_ROWS + (self.row ^ (self.unit / 2 % TILE_ROWS))
     }
 }
 

@@ -59,7 +59,7 @@ impl WeightFormat for Q4_K {
             let packed = [read_u32(block.add(4)), read_u32(block.add(8)), read_u32(block.add(12))];
             let (scale, min) = scale_and_min(packed, j);
             *group.add(SCALES + in_group.by_unit()) = (scale | min << 6) as u8;
-            if j % 2 == 0 {
+            if j.is_multiple_of(2) {
                 let (_, next_min) = scale_and_min(packed, j + 1);
                 *group.add(MINS + j / 2 * 4 + place.row) = (min >> 2 | next_min >> 2 << 4) as u8;
             }

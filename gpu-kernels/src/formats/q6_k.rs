@@ -31,7 +31,7 @@ const SIX_BITS: u32 = 0x3f3f_3f3f;
 /// [`Place::by_unit_swizzled`] does it.
 #[inline(always)]
 fn last_words_index(place: Place) -> usize {
-    place.unit * 4 + (place.row ^ place.unit / 4 % 2 * 2)
+    place.unit * 4 + (place.row ^ (place.unit / 4 % 2 * 2))
 }
 
 /// Three words that have a fourth one in their upper bits.
