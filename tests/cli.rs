@@ -277,6 +277,104 @@ fn presets_are_named_when_there_is_none_of_a_name() {
 }
 
 #[test]
+fn profile_shows_each_operation_against_its_floor() {
+    let files = Files::new();
+    let model = files.no_vocab();
+    let args = ["-d", "20", "-r", "2"];
+    let report = json(&subcommand("profile", &model, &[args.as_slice(), &["--json"]].concat()));
+    let number =
+        |value: &Json, key: &str| value[key].as_f64().unwrap_or_else(|| panic!("no {key} in {value}"));
+    let ceiling = number(&report, "ceiling_gb_per_s");
+    assert!(ceiling > 0.0);
+    assert_eq!(report["depth"], 20);
+    assert!(report["not_captured"].as_str().unwrap().contains("CPU"));
+    let paths = report["paths"].as_array().unwrap();
+    assert_eq!(
+        paths.iter().map(|path| path["name"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["unfused", "fused"]
+    );
+    for path in paths {
+        assert!(number(path, "step_us") > 0.0);
+        let operations = path["operations"].as_array().unwrap();
+        for key in ["us", "bytes", "flops", "calls", "share", "floor_us"] {
+            let sum: f64 = operations.iter().map(|operation| number(operation, key)).sum();
+            let levels: f64 = path["levels"].as_array().unwrap().iter().map(|level| number(level, key)).sum();
+            let total = number(&path["total"], key);
+            assert!((sum - total).abs() <= 1e-9 * total && (levels - total).abs() <= 1e-9 * total, "{key}");
+        }
+        for operation in operations {
+            let (us, bytes) = (number(operation, "us"), number(operation, "bytes"));
+            let floor = number(operation, "floor_us");
+            assert!((floor - bytes / ceiling / 1e3).abs() <= 1e-9 * floor, "{operation}");
+            // What took no time on a coarse clock has no rate.
+            if us > 0.0 {
+                assert!(
+                    (number(operation, "gb_per_s") - bytes / us / 1e3).abs() <= 1e-9 * bytes / us,
+                    "{operation}"
+                );
+                assert!(
+                    (number(operation, "of_ceiling") - floor / us).abs() <= 1e-9 * floor / us,
+                    "{operation}"
+                );
+            }
+            assert!(
+                ["macro", "midi", "micro"].contains(&operation["level"].as_str().unwrap()),
+                "{operation}"
+            );
+        }
+    }
+    let count = |path: &Json| path["operations"].as_array().unwrap().len();
+    assert_eq!((count(&paths[0]), count(&paths[1])), (22, 8));
+
+    let table = stdout(&subcommand("profile", &model, &args));
+    for word in [
+        "Macro",
+        "Midi",
+        "Micro",
+        "of ceiling",
+        "GFLOP/s",
+        "a layer",
+        "captured: not timed",
+        "apart, taken off",
+    ] {
+        assert!(table.contains(word), "{table} lacks {word}");
+    }
+    let unfused = json(&subcommand("profile", &model, &["-r", "1", "--unfused", "--json"]));
+    let names: Vec<&Json> = unfused["paths"].as_array().unwrap().iter().map(|path| &path["name"]).collect();
+    assert_eq!(names, ["unfused"]);
+}
+
+#[test]
+fn profile_draws_a_bar_per_operation() {
+    let files = Files::new();
+    let chart = files.0.path().join("chart.svg");
+    let args = ["-r", "1", "--json", "--chart", chart.to_str().unwrap()];
+    let report = json(&subcommand("profile", &files.no_vocab(), &args));
+    let text = fs::read_to_string(&chart).unwrap();
+    let svg = roxmltree::Document::parse(&text).unwrap();
+    let of_kind = |kind: &'static str| svg.descendants().filter(move |node| node.has_tag_name(kind));
+    let operations = report["paths"][1]["operations"].as_array().unwrap();
+    // One of them is the background.
+    assert_eq!(of_kind("rect").count(), operations.len() + 1);
+    let texts: Vec<&str> = of_kind("text").map(|node| node.text().unwrap().trim()).collect();
+    for operation in operations {
+        let name = operation["name"].as_str().unwrap();
+        assert!(texts.contains(&name), "{texts:?} lack {name}");
+        let label = format!(
+            "{:.1} us, floor {:.1} ",
+            operation["us"].as_f64().unwrap(),
+            operation["floor_us"].as_f64().unwrap()
+        );
+        assert!(texts.iter().any(|text| text.starts_with(&label)), "{texts:?} lack {label}");
+    }
+    let width: f64 = svg.root_element().attribute("width").unwrap().parse().unwrap();
+    for rect in of_kind("rect") {
+        let of = |name| -> f64 { rect.attribute(name).unwrap().parse().unwrap() };
+        assert!(of("width") >= 1.0 && of("x") + of("width") <= width, "{rect:?}");
+    }
+}
+
+#[test]
 fn inspect_shows_tables_and_json() {
     let files = Files::new();
     let model = files.no_vocab();
@@ -289,7 +387,7 @@ fn inspect_shows_tables_and_json() {
 fn version_and_help_are_there() {
     assert!(stdout(&host(["--version"]).output().unwrap()).starts_with("host 0."));
     let help = stdout(&host(["--help"]).output().unwrap());
-    for word in ["--device", "--activations", "--top-p", "eval", "tokenize", "inspect", "bench"] {
+    for word in ["--device", "--activations", "--top-p", "eval", "tokenize", "inspect", "bench", "profile"] {
         assert!(help.contains(word), "{word}");
     }
 }
@@ -345,6 +443,11 @@ fn bad_files_are_one_error_line() {
     assert_fails(&eval("--text", b"caf\xE9"), &["input", "UTF-8", "0xe9", "3"]);
     assert_fails(&subcommand("eval", &model, &["--ids", "missing.json"]), &["missing.json"]);
     assert_fails(&subcommand("bench", &model, &["-p", "129"]), &["129", "128"]);
+    assert_fails(&subcommand("profile", &model, &["-d", "121"]), &["129", "128"]);
+    assert_fails(&subcommand("profile", &model, &["-d", "9", "--ctx", "16"]), &["9 tokens", "8 steps", "16"]);
+    assert_fails(&subcommand("profile", &model, &["--chart", "chart.png"]), &["chart.png", ".svg"]);
+    let nowhere = ["--chart", "/missing/chart.svg"];
+    assert_fails(&subcommand("profile", &model, &nowhere), &["/missing/chart.svg", "No such file"]);
     assert_fails(&subcommand("bench", &model, &["-p", "9", "-n", "1", "--ctx", "8"]), &["9 tokens", "8"]);
     assert_fails(&subcommand("bench", &model, &["-n", "9", "-d", "120"]), &["632 tokens", "128"]);
 }

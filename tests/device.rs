@@ -4,6 +4,8 @@ use crate::kernels::devices;
 use cuda_std::launch::LaunchConfig;
 use gpu_kernels::residual::{BLOCK_DIM, RESIDUAL_ADD};
 use host::device::{Device, DeviceChoice};
+use host::ops;
+use std::time::Duration;
 
 #[test]
 fn copies_keep_every_byte() {
@@ -48,6 +50,45 @@ fn a_launch_that_no_gpu_takes_is_refused() {
             assert!(error.contains("residual_add"), "{error}");
         }
         assert_eq!(device.to_vec(&x).unwrap(), [1.0; 4]);
+    }
+}
+
+#[test]
+fn marks_are_as_far_apart_as_time_is() {
+    for device in devices() {
+        let start = device.mark().unwrap();
+        device.synchronize().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        let end = device.mark().unwrap();
+        let us = device.microseconds_between(&start, &end).unwrap();
+        assert!((19_000.0..10_000_000.0).contains(&us), "{us} us, {}", device.describe());
+    }
+}
+
+#[test]
+fn what_is_left_out_of_a_recording_is_not_replayed() {
+    for device in devices() {
+        let mut x = device.alloc_from(&[1.0f32; 4]).unwrap();
+        let [once, never] = [10.0f32, 100.0].map(|value| device.alloc_from(&[value; 4]).unwrap());
+        ops::residual_add(device, &mut x, &once).unwrap();
+        let issue = || {
+            for (y, leave_out) in [(&once, false), (&never, true), (&once, false)] {
+                device.leave_out(leave_out);
+                ops::residual_add(device, &mut x, y)?;
+            }
+            Ok::<_, anyhow::Error>(())
+        };
+        // SAFETY: the recording ends before the buffers do.
+        let recording = unsafe { device.record(issue) }.unwrap();
+        assert_eq!(recording.is_some(), device.is_cuda());
+        if let Some(recording) = recording {
+            assert_eq!(device.to_vec(&x).unwrap(), [11.0; 4]);
+            device.replay(&recording).unwrap();
+            assert_eq!(device.to_vec(&x).unwrap(), [31.0; 4]);
+            // Only of that recording.
+            ops::residual_add(device, &mut x, &never).unwrap();
+            assert_eq!(device.to_vec(&x).unwrap(), [131.0; 4]);
+        }
     }
 }
 

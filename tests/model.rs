@@ -1,6 +1,6 @@
 //! The model layer: every operation of the forward pass against f64, sessions, and what loading refuses.
 
-mod made_up;
+pub mod made_up;
 mod reference;
 
 use crate::kernels::{Random, assert_close, devices, nmse};
@@ -256,14 +256,14 @@ fn a_layer_on_device_buffers_matches_f64() {
             let weights = model.weights().layer(index).unwrap();
             let mut buffers = Buffers::alloc(device, model.config()).unwrap();
             let mut cache = KvLayer::alloc(device, shape.n_head_kv, 4, shape.head_dim).unwrap();
-            let mut run = |x: &[f32], position, stop| {
+            let mut run = |x: &[f32], position, probe| {
                 device.upload(&mut buffers.step, &[Step { token: 0, position }]).unwrap();
                 // Leaves the angles of the position, and an embedding that is not wanted here.
                 let Buffers { step, rotation, x: hidden, .. } = &mut buffers;
                 let (token_embd, rope) = (&model.weights().token_embd, &model.settings().rope);
                 ops::embed(device, token_embd, step, rope, hidden, rotation).unwrap();
                 device.upload(&mut buffers.x, x).unwrap();
-                layer(device, weights, model.settings(), &mut cache, &mut buffers, index, Probe { stop })?;
+                layer(device, weights, model.settings(), &mut cache, &mut buffers, index, probe)?;
                 Ok::<_, Halt>(device.to_vec(&buffers.x).unwrap())
             };
             let mut reference = Reference::new(&made_up);
@@ -277,14 +277,58 @@ fn a_layer_on_device_buffers_matches_f64() {
                     }
                     values
                 });
-                match run(&x, position, Some(Point { op: Op::Attention, layer: index })) {
+                match run(&x, position, Probe::StopAt(Point { op: Op::Attention, layer: index })) {
                     Err(Halt::At(found)) => {
                         assert_close(&found, &attention, RUN, largest(&attention), shape.what);
                     }
                     other => panic!("the probe did not stop the layer: {other:?}"),
                 }
-                let found = run(&x, position, None).unwrap();
+                let found = run(&x, position, Probe::Nothing).unwrap();
                 assert_close(&found, &expected, RUN, largest(&expected), shape.what);
+            }
+        }
+    }
+}
+
+/// What the reference has no point for: quantization, the cache, gate and up.
+#[test]
+fn a_run_stops_between_what_the_reference_has() {
+    let made_up = MadeUp::new(&QWEN2);
+    let shape = made_up.shape;
+    for device in devices() {
+        let model = load_fused(device, &made_up, Activations::Q8_1, Fusion::Unfused);
+        let mut session = model.session().unwrap();
+        session.feed(&PROMPT).unwrap();
+        let mut at = |op, layer| session.run_until(5, Point { op, layer }).unwrap();
+        for (op, layer, quantized) in [
+            (Op::AttnNorm, 1, Op::AttnNormQ8),
+            (Op::Attention, 1, Op::AttentionQ8),
+            (Op::FfnNorm, 1, Op::FfnNormQ8),
+            (Op::FfnSwiglu, 1, Op::FfnSwigluQ8),
+            (Op::OutputNorm, 0, Op::OutputNormQ8),
+        ] {
+            let (exact, found) = (at(op, layer), at(quantized, layer));
+            assert_eq!(exact.len(), found.len(), "{quantized:?}");
+            for (block, found) in exact.chunks(32).zip(found.chunks(32)) {
+                let half_step = largest(&widened(block)) / 127.0 * 0.5001;
+                let block: Vec<f64> = widened(block);
+                assert_close(found, &block, half_step, 1.0, &format!("{quantized:?}"));
+            }
+        }
+
+        let (gate_up, hidden) = (at(Op::FfnGateUp, 1), widened(&at(Op::FfnSwiglu, 1)));
+        let (gate, up) = gate_up.split_at(shape.n_ff);
+        let product = |(&gate, &up): (&f32, &f32)| gate / (1.0 + (-gate).exp()) * up;
+        let expected: Vec<f32> = gate.iter().zip(up).map(product).collect();
+        assert_close(&expected, &hidden, OPERATION, largest(&hidden), "gate and up");
+
+        let (cache, k, v) = (at(Op::KvAppend, 1), at(Op::KRope, 1), at(Op::V, 1));
+        let (keys, values) = cache.split_at(cache.len() / 2);
+        for (cached, new) in [(keys, k), (values, v)] {
+            for (head, new) in new.chunks(shape.head_dim).enumerate() {
+                let start = (head * model.n_ctx() + PROMPT.len()) * shape.head_dim;
+                let rounded: Vec<f32> = new.iter().map(|&v| half::f16::from_f32(v).to_f32()).collect();
+                assert_eq!(cached[start..][..shape.head_dim], rounded);
             }
         }
     }

@@ -13,6 +13,7 @@ mod inspect;
 mod kernels;
 mod model;
 mod model_files;
+mod profile;
 mod ptx;
 mod tiny_model;
 mod tiny_vocabulary;

@@ -24,6 +24,7 @@ pub mod math;
 pub mod pack;
 pub mod quantize;
 pub mod random;
+pub mod read;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;

@@ -35,5 +35,6 @@ pub mod gguf;
 pub mod inspect;
 pub mod model;
 pub mod ops;
+pub mod profile;
 pub mod sampling;
 pub mod tokenizer;

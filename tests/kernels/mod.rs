@@ -8,6 +8,7 @@ mod elementwise;
 pub mod formats;
 mod gemv;
 mod random;
+mod read;
 mod sample;
 
 use host::device::{Buffer, Device, DeviceChoice};

@@ -45,6 +45,7 @@ pub(crate) enum Command {
     Tokenize(TokenizeArgs),
     Inspect(InspectArgs),
     Bench(BenchArgs),
+    Profile(ProfileArgs),
 }
 
 /// Generates text.
@@ -303,6 +304,35 @@ pub(crate) struct BenchArgs {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Times a step operation by operation, and shows how far each is from what memory allows
+///
+/// Kernel by kernel, unfused and fused, and the fused step as one recorded graph (with --unfused, only the unfused
+/// kernels, in both ways).
+#[derive(Debug, Args)]
+pub(crate) struct ProfileArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// Tokens that are in the cache before the step
+    #[arg(short, long, value_name = "N", default_value_t = 0)]
+    pub(crate) depth: usize,
+
+    /// How often each time is taken; the median counts
+    #[arg(short, long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) repeat: u32,
+
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Draw the last path's operations and their floors as an SVG picture
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) chart: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) run: RunArgs,

@@ -8,6 +8,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod load;
+mod profile;
 mod tokenize;
 
 use std::io::{self, IsTerminal, Write};
@@ -45,6 +46,7 @@ fn run(cli: Cli) -> Result<()> {
         Some(Command::Tokenize(args)) => tokenize::run(args),
         Some(Command::Inspect(args)) => inspect::run(args),
         Some(Command::Bench(args)) => bench::run(args),
+        Some(Command::Profile(args)) => profile::run(args),
         None => generate(&cli.generate),
     }
 }

@@ -19,8 +19,15 @@ use std::ptr;
 use std::sync::{Arc, Mutex};
 
 thread_local! {
-    /// The stream that this thread's launches go to while they are recorded.
-    static RECORDER: RefCell<Option<Stream>> = const { RefCell::new(None) };
+    /// What records this thread's launches.
+    static RECORDER: RefCell<Option<Recorder>> = const { RefCell::new(None) };
+}
+
+/// Where launches go while they are recorded.
+struct Recorder {
+    stream: Stream,
+    /// Whether launches are left out.
+    leaves_out: bool,
 }
 
 pub(super) struct CudaDevice {
@@ -163,6 +170,19 @@ impl CudaDevice {
         event.synchronize().context("a kernel failed on the GPU")
     }
 
+    /// An event after everything that was issued so far, which knows its time.
+    pub(super) fn mark(&self) -> Result<Event> {
+        self.enter()?;
+        let event = Event::new(EventFlags::DEFAULT)?;
+        event.record(&self.stream)?;
+        Ok(event)
+    }
+
+    pub(super) fn microseconds_between(&self, start: &Event, end: &Event) -> Result<f64> {
+        self.wait(end)?;
+        Ok(f64::from(end.elapsed_time_f32(start)?) * 1e3)
+    }
+
     pub(super) fn upload(&self, to: *mut u8, bytes: &[u8]) -> Result<()> {
         self.enter()?;
         // SAFETY: `to` is a buffer of this length. From pageable memory the driver takes the bytes before it
@@ -219,11 +239,14 @@ impl CudaDevice {
         let attributes = [LaunchAttribute::word(PROGRAMMATIC_STREAM_SERIALIZATION, 1)];
         // SAFETY: the caller's promise; the pointers are to the values that the kernel's parameters take.
         let code = RECORDER.with_borrow(|recorder| unsafe {
+            if recorder.as_ref().is_some_and(|recorder| recorder.leaves_out) {
+                return sys::CUresult::CUDA_SUCCESS;
+            }
             let config = cuda_driver::LaunchConfig {
                 grid: config.grid,
                 block: config.block,
                 shared_mem_bytes: config.dynamic_shared_bytes,
-                stream: recorder.as_ref().unwrap_or(&self.stream).as_inner(),
+                stream: recorder.as_ref().map_or(&self.stream, |recorder| &recorder.stream).as_inner(),
                 attrs: attributes.as_ptr(),
                 num_attrs: u32::from(overlaps),
             };
@@ -284,7 +307,7 @@ impl CudaDevice {
         // SAFETY: the stream was just made and is not recording.
         check(unsafe { sys::cuStreamBeginCapture_v2(stream, mode) })
             .context("the driver does not record launches")?;
-        let before = RECORDER.replace(Some(recorder));
+        let before = RECORDER.replace(Some(Recorder { stream: recorder, leaves_out: false }));
         let issued = issue();
         let _recorder = RECORDER.replace(before);
         let mut graph = ptr::null_mut();
@@ -301,6 +324,12 @@ impl CudaDevice {
         };
         check(made).context("the recorded launches cannot be made ready")?;
         Ok(CudaGraph { executable, context: Arc::clone(&self.context) })
+    }
+
+    pub(super) fn leave_out(&self, leave_out: bool) {
+        RECORDER.with_borrow_mut(|recorder| {
+            recorder.as_mut().expect("launches are being recorded").leaves_out = leave_out;
+        });
     }
 
     /// Issues what was recorded, as one launch.

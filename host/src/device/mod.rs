@@ -18,6 +18,7 @@ use cpu::CpuDevice;
 use cuda::{CudaDevice, CudaGraph};
 use cuda_std::launch::{Kernel, KernelArgs, LaunchConfig};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Which device to open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +41,15 @@ pub struct Recording(CudaGraph);
 
 /// A point in the work that was issued, to be waited for ([`Device::signal`]).
 pub struct Signal(Option<cust::event::Event>);
+
+/// A point in the work that was issued, to be timed from or to ([`Device::mark`]).
+pub struct Mark(MarkKind);
+
+enum MarkKind {
+    Cuda(cust::event::Event),
+    /// Work is done when it has been issued.
+    Cpu(Instant),
+}
 
 #[derive(Clone)]
 enum Kind {
@@ -218,6 +228,37 @@ impl Device {
         }
     }
 
+    /// Marks the time at which what was issued so far has ended, without waiting for it: a CUDA event. What is issued
+    /// next starts after the mark.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn mark(&self) -> Result<Mark> {
+        match &self.0 {
+            Kind::Cuda(device) => Ok(Mark(MarkKind::Cuda(device.mark()?))),
+            Kind::Cpu(_) => Ok(Mark(MarkKind::Cpu(Instant::now()))),
+        }
+    }
+
+    /// Waits for `end` and says how long after `start` it was, in microseconds.
+    ///
+    /// # Errors
+    /// When a kernel before it failed.
+    ///
+    /// # Panics
+    /// When a mark is of another kind of device.
+    pub fn microseconds_between(&self, start: &Mark, end: &Mark) -> Result<f64> {
+        match (&self.0, &start.0, &end.0) {
+            (Kind::Cuda(device), MarkKind::Cuda(start), MarkKind::Cuda(end)) => {
+                device.microseconds_between(start, end)
+            }
+            (Kind::Cpu(_), MarkKind::Cpu(start), MarkKind::Cpu(end)) => {
+                Ok(end.duration_since(*start).as_secs_f64() * 1e6)
+            }
+            _ => panic!("a mark of another device"),
+        }
+    }
+
     /// Waits for all work issued so far.
     ///
     /// # Errors
@@ -245,6 +286,17 @@ impl Device {
         match &self.0 {
             Kind::Cuda(device) => Ok(Some(Recording(device.record(issue)?))),
             Kind::Cpu(_) => Ok(None),
+        }
+    }
+
+    /// Leaves what this thread launches from now on out of the recording under way, or takes it in again.
+    ///
+    /// # Panics
+    /// When nothing is being recorded.
+    pub fn leave_out(&self, leave_out: bool) {
+        match &self.0 {
+            Kind::Cuda(device) => device.leave_out(leave_out),
+            Kind::Cpu(_) => panic!("the CPU records nothing"),
         }
     }
 

@@ -166,6 +166,11 @@ impl Model {
         &self.settings
     }
 
+    /// Does as many operations in a kernel from now on; the weights stay as they are.
+    pub fn set_fusion(&mut self, fusion: Fusion) {
+        self.settings.fusion = fusion;
+    }
+
     /// Bytes of weights that one decode step reads: every matrix and norm once, of the embeddings one row.
     pub fn weight_bytes_per_token(&self) -> u64 {
         self.weights.bytes_per_token()

@@ -1,7 +1,9 @@
 //! A conversation with a model: the KV cache and where it stands.
 
+mod timing;
+
 use super::forward::{Buffers, forward};
-use super::trace::{Halt, Point, Probe};
+use super::trace::{Halt, Op, Point, Probe};
 use super::{Model, weights};
 use crate::device::{Buffer, HostBuffer, Recording, Signal};
 use crate::ops::{self, KvLayer};
@@ -140,7 +142,7 @@ impl<'m> Session<'m> {
         self.model.weights.layer(point.layer)?;
         self.has_logits = false;
         self.place(token)?;
-        match self.run(Kind::Logits, Probe { stop: Some(point) }) {
+        match self.run(Kind::Logits, Probe::StopAt(point)) {
             Err(Halt::At(values)) => Ok(values),
             Err(Halt::Error(error)) => Err(error),
             Ok(()) => bail!(
@@ -269,39 +271,43 @@ impl<'m> Session<'m> {
 
     /// One step; whether its token counts as fed is the caller's business.
     fn run(&mut self, kind: Kind, probe: Probe) -> Result<(), Halt> {
-        let Model { device, config, settings, weights, .. } = self.model;
-        let weights: &weights::Weights = weights;
         self.has_logits = false;
         self.has_chosen = false;
-
-        let recorded = &mut self.steps[kind as usize];
-        let (caches, b) = (&mut self.caches, &mut self.buffers);
-        let (sampling, chosen) = (&self.sampling, self.chosen.as_buffer());
-        let mut issue = || {
-            forward(device, weights, settings, caches, b, kind != Kind::Prompt, probe)?;
-            if kind == Kind::Choice {
-                ops::sample(device, &b.logits, config.n_vocab, sampling, &mut b.step, chosen, MAX_AHEAD)?;
-            }
-            Ok::<(), Halt>(())
-        };
-        match recorded {
+        if !matches!(probe, Probe::Nothing) {
             // A run that stops half-way waits for the device, and differs from the next one.
-            _ if probe.stop.is_some() => issue()?,
+            return self.issue(kind, probe);
+        }
+        let device = &self.model.device;
+        match &self.steps[kind as usize] {
             RecordedStep::Fresh => {
-                issue()?;
-                *recorded = RecordedStep::Warm;
+                self.issue(kind, probe)?;
+                self.steps[kind as usize] = RecordedStep::Warm;
             }
             RecordedStep::Warm => {
                 // SAFETY: the buffers are this session's or the model's, and the session's recordings go first.
-                match unsafe { device.record(&mut issue)? } {
+                match unsafe { device.record(|| self.issue(kind, probe))? } {
                     Some(recording) => {
                         device.replay(&recording)?;
-                        *recorded = RecordedStep::Recorded(recording);
+                        self.steps[kind as usize] = RecordedStep::Recorded(recording);
                     }
-                    None => issue()?,
+                    None => self.issue(kind, probe)?,
                 }
             }
             RecordedStep::Recorded(recording) => device.replay(recording)?,
+        }
+        Ok(())
+    }
+
+    /// Launches a step's kernels, one after the other.
+    fn issue(&mut self, kind: Kind, probe: Probe) -> Result<(), Halt> {
+        let Model { device, config, settings, weights, .. } = self.model;
+        let weights: &weights::Weights = weights;
+        let b = &mut self.buffers;
+        forward(device, weights, settings, &mut self.caches, b, kind != Kind::Prompt, probe)?;
+        if kind == Kind::Choice {
+            let chosen = self.chosen.as_buffer();
+            ops::sample(device, &b.logits, config.n_vocab, &self.sampling, &mut b.step, chosen, MAX_AHEAD)?;
+            probe.passed(Op::Choice, 0)?;
         }
         Ok(())
     }

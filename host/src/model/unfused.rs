@@ -54,7 +54,7 @@ pub(super) fn layer(
 
     ops::rms_norm(device, &b.x, &weights.attn_norm, rms_eps, &mut u.normed)?;
     probe.after(Op::AttnNorm, index, device, &u.normed)?;
-    let normed = input(device, activations, &u.normed, &mut u.normed_q8)?;
+    let normed = input(device, activations, &u.normed, &mut u.normed_q8, probe, Op::AttnNormQ8, index)?;
     linear(device, &weights.attn_q, normed, &mut b.q)?;
     probe.after(Op::Q, index, device, &b.q)?;
     linear(device, &weights.attn_k, normed, &mut u.k)?;
@@ -67,32 +67,35 @@ pub(super) fn layer(
     ops::rope(device, &mut u.k, rope, &b.step, n_head_kv, head_dim)?;
     probe.after(Op::KRope, index, device, &u.k)?;
     ops::kv_append(device, &u.k, &u.v, cache, &b.step)?;
+    probe.after(Op::KvAppend, index, device, cache)?;
     ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, Ahead::NOTHING, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
-    let heads = input(device, activations, &b.heads, &mut u.heads_q8)?;
+    let heads = input(device, activations, &b.heads, &mut u.heads_q8, probe, Op::AttentionQ8, index)?;
     ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x))?;
     probe.after(Op::AttnOutput, index, device, &b.x)?;
 
     ops::rms_norm(device, &b.x, &weights.ffn_norm, rms_eps, &mut u.normed)?;
     probe.after(Op::FfnNorm, index, device, &u.normed)?;
-    let normed = input(device, activations, &u.normed, &mut u.normed_q8)?;
+    let normed = input(device, activations, &u.normed, &mut u.normed_q8, probe, Op::FfnNormQ8, index)?;
     let ffn = &mut b.ffn;
     let n_ff = ffn.hidden.len();
     let (mut hidden, up_values) = match &weights.ffn_gate_up {
         GateUp::Joined(matrix) => {
             ops::gemv(device, matrix, normed, None, Output::Set(&mut ffn.gate_up))?;
+            probe.after(Op::FfnGateUp, index, device, &ffn.gate_up)?;
             (ffn.gate_up.part(0..n_ff), ffn.gate_up.part(n_ff..2 * n_ff))
         }
         GateUp::Apart { gate, up } => {
             let mut up_values = ffn.gate_up.part(0..n_ff);
             ops::gemv(device, gate, normed, None, Output::Set(&mut ffn.hidden))?;
             ops::gemv(device, up, normed, None, Output::Set(&mut up_values))?;
+            probe.after(Op::FfnGateUp, index, device, &ffn.hidden)?;
             (ffn.hidden.part(0..n_ff), up_values)
         }
     };
     ops::swiglu(device, &mut hidden, &up_values)?;
     probe.after(Op::FfnSwiglu, index, device, &hidden)?;
-    let hidden = input(device, activations, &hidden, &mut ffn.hidden_q8)?;
+    let hidden = input(device, activations, &hidden, &mut ffn.hidden_q8, probe, Op::FfnSwigluQ8, index)?;
     ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x))?;
     probe.after(Op::FfnOutput, index, device, &b.x)
 }
@@ -108,7 +111,8 @@ pub(super) fn logits(
     let u = &mut b.unfused;
     ops::rms_norm(device, &b.x, &weights.output_norm, settings.rms_eps, &mut u.normed)?;
     probe.after(Op::OutputNorm, 0, device, &u.normed)?;
-    let normed = input(device, settings.activations, &u.normed, &mut u.normed_q8)?;
+    let normed =
+        input(device, settings.activations, &u.normed, &mut u.normed_q8, probe, Op::OutputNormQ8, 0)?;
     Ok(ops::gemv(device, weights.output(), normed, None, Output::Set(&mut b.logits))?)
 }
 
@@ -121,17 +125,22 @@ fn linear(device: &Device, weights: &Linear, x: Input, y: &mut Buffer<f32>) -> R
     ops::gemv(device, &weights.weight, x, None, output)
 }
 
-/// A vector as the matrices take it: as it is on the exact path, quantized into `q8` on the fast one.
+/// A vector as the matrices take it: as it is on the exact path, quantized into `q8` on the fast one, which is `op` of
+/// layer `index`.
 fn input<'a>(
     device: &Device,
     activations: Activations,
     values: &'a Buffer<f32>,
     q8: &'a mut Q8_1Vector,
-) -> Result<Input<'a>> {
+    probe: Probe,
+    op: Op,
+    index: usize,
+) -> Result<Input<'a>, Halt> {
     match activations {
         Activations::F32 => Ok(Input::F32(values)),
         Activations::Q8_1 => {
             ops::quantize_q8_1(device, values, q8)?;
+            probe.after(op, index, device, q8)?;
             Ok(Input::Q8_1(q8))
         }
     }

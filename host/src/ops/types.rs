@@ -38,6 +38,18 @@ impl Q8_1Vector {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// Waits for the device and brings the numbers that the integers stand for.
+    ///
+    /// # Errors
+    /// When a kernel before it failed.
+    pub fn to_f32(&self, device: &Device) -> Result<Vec<f32>> {
+        let (words, scales) = (device.to_vec(&self.quants)?, device.to_vec(&self.scales)?);
+        let quants: &[i8] = bytemuck::cast_slice(&words);
+        let blocks = quants.chunks(Q8_1_BLOCK).zip(&scales);
+        let values = blocks.flat_map(|(block, scale)| block.iter().map(|&q| scale.d * f32::from(q)));
+        Ok(values.take(self.len).collect())
+    }
 }
 
 /// The vector that a matrix is multiplied with.
