@@ -19,7 +19,7 @@ use cuda_std::copy_queue::CopyQueue;
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::prefetch_l1;
 use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_idx_x, grid_dim_x, thread_idx_x};
+use cuda_std::thread::{block_idx_x, global_timer, grid_dim_x, thread_idx_x};
 use cuda_std::warp::WARP_SIZE;
 use cuda_std::{dynamic_shared, kernel};
 use feed::Feed;
@@ -46,6 +46,9 @@ pub struct Arguments {
     pub vectors: *mut f32,
     /// Words of a set.
     pub set_words: u32,
+    /// Where each block leaves the time at which each of its stages started, and the one at which the last one ended, in
+    /// nanoseconds: `[end - first + 1, n_blocks]`; null where nobody wants to know.
+    pub times: *mut u64,
     /// How shared memory is dealt out.
     pub layout: Layout,
 }
@@ -133,10 +136,18 @@ unsafe fn run<X: Activations>(a: Arguments) {
         set: a.vectors.wrapping_add(step.set as usize * a.set_words as usize),
         position: step.position,
     };
+    let leave_time = |number: u32| {
+        if !a.times.is_null() && thread == 0 {
+            let at = ((number - a.first) * block.n_blocks + block.index) as usize;
+            // SAFETY: the place is this block's.
+            unsafe { *a.times.add(at) = global_timer() };
+        }
+    };
     let mut number = a.first;
     while number < a.end {
         // SAFETY: the stage is one of the list, as the caller vouches.
         let stage = unsafe { &*a.stages.add(number as usize) };
+        leave_time(number);
         let line = thread * 128;
         if line < size_of::<Stage>() as u32 && number + LIST_AHEAD < a.end {
             let later = a.stages.wrapping_add((number + LIST_AHEAD) as usize);
@@ -157,6 +168,7 @@ unsafe fn run<X: Activations>(a: Arguments) {
         }
         number += 1;
     }
+    leave_time(number);
 }
 
 macro_rules! define_kernels {
