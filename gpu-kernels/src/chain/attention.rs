@@ -7,7 +7,7 @@
 //! in vectors of the step, which another stage combines (flash-decoding: Dao et al., 2023).
 
 use super::Block;
-use super::stage::{Heads, Stage};
+use super::stage::{HeadsRef, StageRef};
 use super::vector::{await4, put, put4};
 use core::f32::consts::LOG2_E;
 use cuda_std::float::{exp2, f16_to_f32, f32_to_f16, max, mul_add};
@@ -51,8 +51,8 @@ pub const fn combine_words(n_threads: u32) -> u32 {
 
 /// How many blocks share a context of `length` tokens.
 #[inline(always)]
-fn n_active(heads: &Heads, length: u32) -> u32 {
-    length.div_ceil(SPLIT_POSITIONS).min(heads.n_splits)
+fn n_active(heads: HeadsRef, length: u32) -> u32 {
+    length.div_ceil(SPLIT_POSITIONS).min(heads.n_splits())
 }
 
 /// A block's part: which heads, which positions.
@@ -66,17 +66,17 @@ struct Item {
 }
 
 #[inline(always)]
-fn item(heads: &Heads, number: u32, length: u32) -> Item {
-    let n_rows = heads.n_head_kv * heads.blocks_per_kv;
+fn item(heads: HeadsRef, number: u32, length: u32) -> Item {
+    let n_rows = heads.n_head_kv() * heads.blocks_per_kv();
     let (split, row) = (number / n_rows, number % n_rows);
-    let (kv_head, block_of_head) = (row / heads.blocks_per_kv, row % heads.blocks_per_kv);
-    let heads_per_kv = heads.n_head / heads.n_head_kv;
-    let before = block_of_head * heads.heads_per_block;
+    let (kv_head, block_of_head) = (row / heads.blocks_per_kv(), row % heads.blocks_per_kv());
+    let heads_per_kv = heads.n_head() / heads.n_head_kv();
+    let before = block_of_head * heads.heads_per_block();
     let per_split = length.div_ceil(n_active(heads, length));
     Item {
         kv_head,
         first_head: kv_head * heads_per_kv + before,
-        n_heads: (heads_per_kv - before).min(heads.heads_per_block),
+        n_heads: (heads_per_kv - before).min(heads.heads_per_block()),
         split,
         start: split * per_split,
         end: (split * per_split + per_split).min(length),
@@ -85,20 +85,21 @@ fn item(heads: &Heads, number: u32, length: u32) -> Item {
 
 /// The block's items of a context, from its own number on in steps of the grid.
 #[inline(always)]
-fn n_items(heads: &Heads, length: u32) -> u32 {
-    heads.n_head_kv * heads.blocks_per_kv * n_active(heads, length)
+fn n_items(heads: HeadsRef, length: u32) -> u32 {
+    heads.n_head_kv() * heads.blocks_per_kv() * n_active(heads, length)
 }
 
 /// Asks the L2 cache for the keys and values that [`run`] will read first, all written by earlier steps.
 #[inline(always)]
-pub fn prefetch(heads: &Heads, block: &Block) {
+pub(super) fn prefetch(heads: HeadsRef, block: &Block) {
     let (thread, length) = (thread_idx_x(), block.position + 1);
     if thread < 2 && block.index < n_items(heads, length) {
         let item = item(heads, block.index, length);
-        let row = (u64::from(item.kv_head) * u64::from(heads.n_ctx) + u64::from(item.start)) as usize;
-        let cache = if thread == 0 { heads.k_cache } else { heads.v_cache };
-        let bytes = (item.end - item.start) * heads.head_dim * 2;
-        prefetch_l2(cache.wrapping_add(row * heads.head_dim as usize).cast::<u8>(), bytes.min(AHEAD_BYTES));
+        let row = (u64::from(item.kv_head) * u64::from(heads.n_ctx()) + u64::from(item.start)) as usize;
+        let cache = if thread == 0 { heads.k_cache() } else { heads.v_cache() };
+        let bytes = (item.end - item.start) * heads.head_dim() * 2;
+        let from = (cache as *const f16).wrapping_add(row * heads.head_dim() as usize);
+        prefetch_l2(from.cast(), bytes.min(AHEAD_BYTES));
     }
 }
 
@@ -107,23 +108,18 @@ pub fn prefetch(heads: &Heads, block: &Block) {
 /// # Safety
 /// The stage and the block's memory are as they say; the cache is written at all positions before the step's.
 #[inline(always)]
-pub unsafe fn run(stage: &Stage, block: &Block) {
-    let (heads, length) = (&stage.heads, block.position + 1);
+pub(super) unsafe fn run<const HEADS: usize>(stage: StageRef, block: &Block) {
+    let (heads, length) = (stage.heads(), block.position + 1);
     let n_items = n_items(heads, length);
     let mut number = block.index;
     while number < n_items {
         let item = item(heads, number, length);
         // SAFETY: the caller's promise.
-        unsafe {
-            match heads.heads_per_block {
-                1 => attend::<1>(stage, block, &item),
-                2 => attend::<2>(stage, block, &item),
-                3 => attend::<3>(stage, block, &item),
-                _ => attend::<4>(stage, block, &item),
-            }
-        }
+        unsafe { attend::<HEADS>(stage, block, &item) };
         number += block.n_blocks;
     }
+    block.store_fetched();
+    sync_threads();
 }
 
 /// Eight f16 values.
@@ -207,20 +203,20 @@ impl<const HEADS: usize> State<HEADS> {
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn attend<const HEADS: usize>(stage: &Stage, block: &Block, item: &Item) {
-    let heads = &stage.heads;
+unsafe fn attend<const HEADS: usize>(stage: StageRef, block: &Block, item: &Item) {
+    let heads = stage.heads();
     let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
     let (warp, lane) = (thread / WARP_SIZE, thread % WARP_SIZE);
-    let (head_dim, lanes, n_heads) = (heads.head_dim, heads.lanes, item.n_heads);
+    let (head_dim, lanes, n_heads) = (heads.head_dim(), heads.lanes(), item.n_heads);
     // A group of lanes takes a position, a lane eight of its dimensions.
     let per_warp = WARP_SIZE / lanes;
     let (group, first_dim) = (warp * per_warp + lane / lanes, lane % lanes * DIMS as u32);
     let has_dims = first_dim < head_dim;
     let memory = block.memory.view::<f32>();
 
-    let qkv = block.set.wrapping_add(stage.input as usize);
+    let qkv = block.set.wrapping_add(stage.input() as usize);
     // Weights are powers of 2: the scores' factor turns e^x into 2^x.
-    let factor = heads.scale * LOG2_E;
+    let factor = heads.scale() * LOG2_E;
     let mut q = [[0.0f32; DIMS]; HEADS];
     for head in 0..HEADS {
         if has_dims && (head as u32) < n_heads {
@@ -233,16 +229,29 @@ unsafe fn attend<const HEADS: usize>(stage: &Stage, block: &Block, item: &Item) 
             }
         }
     }
-    let offset = item.kv_head as usize * heads.n_ctx as usize * head_dim as usize + first_dim as usize;
-    let (keys, values) = (heads.k_cache.wrapping_add(offset), heads.v_cache.wrapping_add(offset));
-    // The step's own position is not in the cache yet.
-    let end = item.end.min(block.position);
-    let load = |from: *const f16, position: u32| -> [u32; 4] {
-        if position < end && has_dims {
+    block.mark(1);
+    let offset = item.kv_head as usize * heads.n_ctx() as usize * head_dim as usize + first_dim as usize;
+    let start_of = |cache: usize| (cache as *const f16).wrapping_add(offset);
+    let (keys, values) = (start_of(heads.k_cache()), start_of(heads.v_cache()));
+    // The step's own key and value are not in the cache yet: in the precision that they will have there.
+    let end = item.end;
+    let (mut own_key, mut own_value) = ([0; 4], [0; 4]);
+    if end > block.position && has_dims {
+        let (n_q, n_kv) = (heads.n_head() * head_dim, heads.n_head_kv() * head_dim);
+        // SAFETY: the key-value head is one of the step's.
+        unsafe {
+            let from = qkv.add((n_q + item.kv_head * head_dim + first_dim) as usize);
+            own_key = narrow(await4(from), await4(from.add(4)));
+            let from = from.add(n_kv as usize);
+            own_value = narrow(await4(from), await4(from.add(4)));
+        }
+    }
+    let load = |from: *const f16, position: u32, own: [u32; 4]| -> [u32; 4] {
+        if position < block.position && position < end && has_dims {
             // SAFETY: the position was written by an earlier step, and rows are multiples of 32 bytes long.
             unsafe { ld_stream_u32x4(from.add(position as usize * head_dim as usize).cast()) }
         } else {
-            [0; 4]
+            own
         }
     };
 
@@ -253,27 +262,14 @@ unsafe fn attend<const HEADS: usize>(stage: &Stage, block: &Block, item: &Item) 
     // The same for all lanes of a warp: those of later groups may have no position.
     while position - lane / lanes < end {
         let (near, far) = (position, position + stride);
-        let (k0, k1) = (load(keys, near), load(keys, far));
-        let (v0, v1) = (load(values, near), load(values, far));
+        let (k0, k1) = (load(keys, near, own_key), load(keys, far, own_key));
+        let (v0, v1) = (load(values, near, own_value), load(values, far, own_value));
         state.take(&q, lanes, [k0, k1], [v0, v1], [near < end, far < end]);
         position += 2 * stride;
     }
-    if end < item.end && warp == 0 {
-        // The step's own key and value, in the precision that the cache will have them in.
-        let (mut k, mut v) = ([0; 4], [0; 4]);
-        if has_dims {
-            let (n_q, n_kv) = (heads.n_head * head_dim, heads.n_head_kv * head_dim);
-            // SAFETY: the key-value head is one of the step's.
-            unsafe {
-                let from = qkv.add((n_q + item.kv_head * head_dim + first_dim) as usize);
-                k = narrow(await4(from), await4(from.add(4)));
-                let from = from.add(n_kv as usize);
-                v = narrow(await4(from), await4(from.add(4)));
-            }
-        }
-        state.take(&q, lanes, [k, [0; 4]], [v, [0; 4]], [lane < lanes, false]);
-    }
+    block.mark(2);
     state.join_groups(lanes);
+    block.mark(3);
 
     let heads_u32 = HEADS as u32;
     let max_at = n_warps * heads_u32 * head_dim;
@@ -318,11 +314,12 @@ unsafe fn attend<const HEADS: usize>(stage: &Stage, block: &Block, item: &Item) 
     }
     sync_threads();
 
+    block.mark(4);
     let is_whole = n_active(heads, block.position + 1) == 1;
     let to = if is_whole {
-        stage.output + item.first_head * head_dim
+        stage.output() + item.first_head * head_dim
     } else {
-        heads.split_values + (item.split * heads.n_head + item.first_head) * head_dim
+        heads.split_values() + (item.split * heads.n_head() + item.first_head) * head_dim
     };
     let mut i = thread;
     while i < n_heads * head_dim {
@@ -337,14 +334,12 @@ unsafe fn attend<const HEADS: usize>(stage: &Stage, block: &Block, item: &Item) 
         i += block_dim_x();
     }
     if !is_whole && thread < n_heads {
-        let at = heads.split_sums + 4 * (item.split * heads.n_head + item.first_head + thread);
+        let at = heads.split_sums() + 4 * (item.split * heads.n_head() + item.first_head + thread);
         let (max, sum) =
             (memory.get((total_at + 2 * thread) as usize), memory.get((total_at + 2 * thread + 1) as usize));
         // SAFETY: as above.
         unsafe { put4(block.set.add(at as usize), [max, sum, 0.0, 0.0]) };
     }
-    // The memory is written again by whatever comes next.
-    sync_threads();
 }
 
 /// Combines what the blocks of a context have left, a head in each block.
@@ -352,21 +347,23 @@ unsafe fn attend<const HEADS: usize>(stage: &Stage, block: &Block, item: &Item) 
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-pub unsafe fn combine(stage: &Stage, block: &Block) {
-    let (heads, thread) = (&stage.heads, thread_idx_x());
-    let (memory, head_dim) = (block.memory.view::<f32>(), heads.head_dim);
+pub(super) unsafe fn combine(stage: StageRef, block: &Block) {
+    let (heads, thread) = (stage.heads(), thread_idx_x());
+    let (memory, head_dim) = (block.memory.view::<f32>(), heads.head_dim());
     let n_active = n_active(heads, block.position + 1);
+    block.store_fetched();
     if n_active == 1 {
+        sync_threads();
         return;
     }
     let mut head = block.index;
-    while head < heads.n_head {
+    while head < heads.n_head() {
         // What was in the memory before may still be read.
         sync_threads();
         if thread < WARP_SIZE {
             // A lane looks at every 32nd split.
             let sums = |split: u32| {
-                let at = heads.split_sums + 4 * (split * heads.n_head + head);
+                let at = heads.split_sums() + 4 * (split * heads.n_head() + head);
                 if split < n_active {
                     // SAFETY: the split is one of those that are made.
                     let [max, sum, ..] = unsafe { await4(block.set.add(at as usize)) };
@@ -393,7 +390,7 @@ pub unsafe fn combine(stage: &Stage, block: &Block) {
         if group < n_groups {
             let mut split = group;
             while split < n_active {
-                let at = heads.split_values + (split * heads.n_head + head) * head_dim + 4 * quad;
+                let at = heads.split_values() + (split * heads.n_head() + head) * head_dim + 4 * quad;
                 // SAFETY: the split is one of those that are made.
                 let [v0, v1, v2, v3] = unsafe { await4(block.set.add(at as usize)) };
                 let factor = memory.get(split as usize);
@@ -416,7 +413,7 @@ pub unsafe fn combine(stage: &Stage, block: &Block) {
                 sum = [sum[0] + v0, sum[1] + v1, sum[2] + v2, sum[3] + v3];
             }
             // SAFETY: the values are the head's, and this thread's own.
-            unsafe { put4(block.set.add((stage.output + head * head_dim + 4 * quad) as usize), sum) };
+            unsafe { put4(block.set.add((stage.output() + head * head_dim + 4 * quad) as usize), sum) };
         }
         head += block.n_blocks;
     }

@@ -1,106 +1,74 @@
 //! The tiles of a warp, from stage to stage, as they stream into its ring of shared memory.
 
-use super::stage::Stage;
+use super::List;
+use super::stage::StageRef;
 use cuda_std::copy_queue::CopyQueue;
 use cuda_std::thread::block_idx_x;
 
-/// How a block's tiles are dealt out to its warps: each has a run of neighbours, as long as any other's or one longer.
+/// A warp's way through a block's tiles of a stage: of `n` warps it takes every `n`-th.
 #[derive(Clone, Copy)]
-pub struct Share {
-    per_warp: u32,
-    warps_with_more: u32,
+pub(super) struct Walk {
+    /// Tiles before this one, of all of the block's.
+    pub(super) number: u32,
+    /// The quad it is of, counted from the block's first, and which of the quad's tiles it is.
+    pub(super) turn: u32,
+    pub(super) tile: u32,
     n_tiles: u32,
-}
-
-impl Share {
-    /// For `2^log_warps` warps and `turns` quads of `n_tiles` tiles.
-    #[inline(always)]
-    pub fn new(log_warps: u32, turns: u32, n_tiles: u32) -> Self {
-        let tiles = turns * n_tiles;
-        Self { per_warp: tiles >> log_warps, warps_with_more: tiles & ((1 << log_warps) - 1), n_tiles }
-    }
-
-    /// The warp that has tile `tile`, counted through the block's turns.
-    #[inline(always)]
-    fn warp_of(self, tile: u32) -> u32 {
-        let with_more = self.warps_with_more * (self.per_warp + 1);
-        if tile < with_more {
-            tile / (self.per_warp + 1)
-        } else {
-            self.warps_with_more + (tile - with_more) / self.per_warp
-        }
-    }
-
-    /// The warps that share the quad of turn `turn`: the first, and in the upper half the last.
-    #[inline(always)]
-    pub fn warps_of(self, turn: u32) -> u32 {
-        let first = turn * self.n_tiles;
-        self.warp_of(first) | self.warp_of(first + self.n_tiles - 1) << 16
-    }
-
-    /// The way of a warp through its tiles.
-    #[inline(always)]
-    pub fn walk(self, warp: u32) -> Walk {
-        let first = warp * self.per_warp + warp.min(self.warps_with_more);
-        Walk {
-            turn: first / self.n_tiles,
-            tile: first % self.n_tiles,
-            left: self.per_warp + u32::from(warp < self.warps_with_more),
-            n_tiles: self.n_tiles,
-        }
-    }
-}
-
-/// Where a warp is on its way through its tiles.
-#[derive(Clone, Copy)]
-pub struct Walk {
-    /// The turn.
-    pub turn: u32,
-    /// The tile of the turn's quad.
-    pub tile: u32,
-    /// Tiles left, this one counted.
-    pub left: u32,
-    n_tiles: u32,
+    step_quads: u32,
+    step_tiles: u32,
 }
 
 impl Walk {
-    /// No way at all.
-    pub const NOWHERE: Self = Self { turn: 0, tile: 0, left: 0, n_tiles: 1 };
-
-    /// Whether the tile is the quad's last.
+    /// The start of warp `warp`'s way.
     #[inline(always)]
-    pub fn is_last(self) -> bool {
+    pub(super) fn new(stage: StageRef, warp: u32) -> Self {
+        let n_tiles = stage.n_tiles();
+        let turn = (warp * stage.per_n_tiles()) >> 16;
+        Self {
+            number: warp,
+            turn,
+            tile: warp - turn * n_tiles,
+            n_tiles,
+            step_quads: stage.step_quads(),
+            step_tiles: stage.step_tiles(),
+        }
+    }
+
+    /// Whether the tile is its quad's last.
+    #[inline(always)]
+    pub(super) fn is_last(self) -> bool {
         self.tile + 1 == self.n_tiles
     }
 
-    /// Goes on to the next tile, and says whether it is the next quad's.
+    /// Goes on to the warp's next tile.
     #[inline(always)]
-    pub fn advance(&mut self) -> bool {
-        let is_next = self.is_last();
-        self.left -= 1;
-        self.tile += 1;
-        if is_next {
-            self.tile = 0;
+    pub(super) fn advance(&mut self, n_warps: u32) {
+        self.number += n_warps;
+        self.turn += self.step_quads;
+        self.tile += self.step_tiles;
+        if self.tile >= self.n_tiles {
+            self.tile -= self.n_tiles;
             self.turn += 1;
         }
-        is_next
     }
 }
 
 /// The copies of a warp's tiles, which run ahead of its work as far as the ring has room: through the ends of stages,
 /// since weights depend on nothing.
-pub struct Feed {
+pub(super) struct Feed {
     /// The tiles that are on their way or have come.
-    pub queue: CopyQueue,
-    stages: *const Stage,
-    /// The stage that the next tile is of, and the one after the last.
+    pub(super) queue: CopyQueue,
+    list: List,
+    /// The stage that the next tile is of, and how many tiles the block has there.
     at: u32,
-    end: u32,
-    warp: u32,
-    log_warps: u32,
+    n: u32,
+    first_quad: u32,
     walk: Walk,
-    /// Where the next tile is, and how long the matrix's are.
-    from: *const u8,
+    warp: u32,
+    n_warps: u32,
+    /// The matrix.
+    tiles: usize,
+    quad_bytes: u32,
     tile_bytes: u32,
     last_tile_bytes: u32,
 }
@@ -108,77 +76,72 @@ pub struct Feed {
 impl Feed {
     /// Starts with the tiles of stage `first`; nothing is under way yet.
     #[inline(always)]
-    pub fn new(
-        queue: CopyQueue,
-        stages: *const Stage,
-        [first, end]: [u32; 2],
-        warp: u32,
-        log_warps: u32,
-    ) -> Self {
+    pub(super) fn new(queue: CopyQueue, list: List, first: u32, warp: u32, n_warps: u32) -> Self {
+        let walk = Walk { number: 0, turn: 0, tile: 0, n_tiles: 1, step_quads: 0, step_tiles: 0 };
         Self {
             queue,
-            stages,
+            list,
             // One before the first, even where that is none.
             at: first.wrapping_sub(1),
-            end,
+            n: 0,
+            first_quad: 0,
+            walk,
             warp,
-            log_warps,
-            walk: Walk::NOWHERE,
-            from: core::ptr::null(),
+            n_warps,
+            tiles: 0,
+            quad_bytes: 0,
             tile_bytes: 0,
             last_tile_bytes: 0,
         }
     }
 
-    /// Starts as many copies as there is room for.
+    /// Starts as many copies as there is room for, of tiles of stages before `end`, which the list must hold.
     ///
     /// # Safety
     /// The stages must be as they say.
     #[inline(always)]
-    pub unsafe fn pump(&mut self) {
+    pub(super) unsafe fn pump(&mut self, end: u32) {
         loop {
-            while self.walk.left == 0 {
-                if self.at.wrapping_add(1) >= self.end {
+            while self.walk.number >= self.n {
+                let next = self.at.wrapping_add(1);
+                if next >= end {
                     return;
                 }
-                self.at = self.at.wrapping_add(1);
-                // SAFETY: the stage is one of the list.
-                let stage = unsafe { &*self.stages.add(self.at as usize) };
-                let (_, turns) = stage.deal(block_idx_x());
-                if stage.is_product() && turns > 0 {
-                    self.walk = Share::new(self.log_warps, turns, stage.n_tiles).walk(self.warp);
-                    if self.walk.left > 0 {
-                        self.locate(stage);
-                    }
-                }
+                self.at = next;
+                let stage = self.list.stage(next);
+                // No tiles where nothing is multiplied.
+                let (first_quad, turns) = stage.deal(block_idx_x());
+                self.first_quad = first_quad;
+                self.walk = Walk::new(stage, self.warp);
+                self.n = turns * self.walk.n_tiles;
+                self.look_up(stage);
             }
             let bytes = if self.walk.is_last() { self.last_tile_bytes } else { self.tile_bytes };
             if !self.queue.has_room(bytes / 4) {
                 return;
             }
+            let quad = u64::from(self.first_quad + self.walk.turn);
+            let offset = quad * u64::from(self.quad_bytes) + u64::from(self.walk.tile * self.tile_bytes);
             // SAFETY: the tile is inside the matrix, and there is room for it.
-            unsafe { self.queue.push(self.from, bytes) };
-            // The next quad starts where this one ends, unless it is another matrix's.
-            self.from = self.from.wrapping_add(bytes as usize);
-            if self.walk.advance() && self.walk.left > 0 {
-                // SAFETY: as above.
-                let stage = unsafe { &*self.stages.add(self.at as usize) };
-                if stage.parts[1].n_quads > 0 {
-                    self.locate(stage);
-                }
+            unsafe { self.queue.push(self.tiles.wrapping_add(offset as usize) as *const u8, bytes) };
+            self.walk.advance(self.n_warps);
+            let stage = self.list.stage(self.at);
+            if stage.part(1).n_quads() > 0 {
+                self.look_up(stage);
             }
         }
     }
 
-    /// Looks up where the walk is.
+    /// Looks up the matrix that the walk is at.
     #[inline(always)]
-    fn locate(&mut self, stage: &Stage) {
-        let (first_quad, _) = stage.deal(block_idx_x());
-        let quad = stage.quad(first_quad + self.walk.turn);
-        let part = &stage.parts[quad.part as usize];
-        let offset = u64::from(quad.number) * u64::from(part.quad_bytes)
-            + u64::from(self.walk.tile) * u64::from(part.tile_bytes);
-        self.from = part.tiles.wrapping_add(offset as usize);
-        (self.tile_bytes, self.last_tile_bytes) = (part.tile_bytes, part.last_tile_bytes);
+    fn look_up(&mut self, stage: StageRef) {
+        let number = self.first_quad + self.walk.turn;
+        let quad = stage.quad(number);
+        let part = stage.part(quad.part);
+        (self.tile_bytes, self.last_tile_bytes) = (part.tile_bytes(), part.last_tile_bytes());
+        self.quad_bytes = part.quad_bytes();
+        // Where the matrix would start if it had the quads of those before it.
+        let before = u64::from(number - quad.number) * u64::from(self.quad_bytes);
+        self.tiles = part.tiles().wrapping_sub(before as usize);
     }
 }

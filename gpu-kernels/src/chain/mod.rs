@@ -8,6 +8,7 @@
 //! On the emulator, and to stop after any operation, a launch runs some of the stages, or one: the same code.
 
 pub mod attention;
+mod dots;
 mod feed;
 mod product;
 pub mod stage;
@@ -17,18 +18,20 @@ use crate::activations::{Activations, F32Vector, Q8_1};
 use crate::step::Step;
 use cuda_std::copy_queue::CopyQueue;
 use cuda_std::grid::{let_next_start, wait_for_previous};
-use cuda_std::memory::prefetch_l1;
 use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_idx_x, global_timer, grid_dim_x, thread_idx_x};
+use cuda_std::thread::{block_dim_x, block_idx_x, global_timer, grid_dim_x, sync_threads, thread_idx_x};
 use cuda_std::warp::WARP_SIZE;
 use cuda_std::{dynamic_shared, kernel};
+use dots::{Any, Formats, KQuants, Legacy};
 use feed::Feed;
-use stage::{Kind, Stage};
+use stage::{Kind, STAGE_WORDS, Stage, StageRef};
 
+pub const MARKS: bool = true;
 /// Most warps in a block.
 pub const MAX_WARPS: u32 = 16;
-/// How many stages ahead the list is fetched into the L1 cache.
-const LIST_AHEAD: u32 = 6;
+/// Stages that are in shared memory at a time: the present one, those after it whose tiles may be on their way already,
+/// the one that is being fetched, and the one before, which slower warps may still look at.
+const LIST_SLOTS: u32 = 8;
 
 /// Which stages a launch runs, and how shared memory is dealt out.
 #[repr(C)]
@@ -65,24 +68,67 @@ pub struct Layout {
     pub log_warps: u32,
     /// For a stage's vector, or what attention needs; a multiple of 4.
     pub stage_words: u32,
-    /// Most quads that a block has to finish in a stage.
+    /// Most quads, and most tiles, that a block has in a stage.
     pub turns: u32,
+    /// See above.
+    pub tiles: u32,
     /// For each warp's ring of tiles; a multiple of 4.
     pub ring_words: u32,
 }
 
 impl Layout {
-    /// Where each part starts: sums of squares, sums, the warps of each quad, what is prepared for it, rings, the end.
+    /// Where each part starts: the list, sums of squares, sums of each tile, what is prepared for each quad, rings, the end.
     #[inline(always)]
     pub fn places(self) -> [u32; 6] {
         let n_warps = 1 << self.log_warps;
-        let squares = self.stage_words;
+        let list = self.stage_words;
+        let squares = list + LIST_SLOTS * STAGE_WORDS;
         let sums = squares + 2 * MAX_WARPS;
-        // From one place to the next it is another quad, another warp, or both.
-        let warps = sums + (self.turns + n_warps) * 4;
-        let prepared = warps + self.turns.next_multiple_of(4);
+        let prepared = sums + self.tiles * 4;
         let rings = prepared + self.turns.min(n_warps * WARP_SIZE) * product::PREPARED_WORDS;
-        [squares, sums, warps, prepared, rings, rings + n_warps * CopyQueue::words(self.ring_words)]
+        [list, squares, sums, prepared, rings, rings + n_warps * CopyQueue::words(self.ring_words)]
+    }
+}
+
+/// The stages that are in shared memory: a ring.
+#[derive(Clone, Copy)]
+struct List {
+    memory: DynamicShared<u32>,
+    at: u32,
+    stages: *const Stage,
+    end: u32,
+}
+
+impl List {
+    /// Stage `number`, which must be there.
+    #[inline(always)]
+    fn stage(self, number: u32) -> StageRef {
+        StageRef::new(self.memory, self.place(number))
+    }
+
+    #[inline(always)]
+    fn place(self, number: u32) -> u32 {
+        self.at + number % LIST_SLOTS * STAGE_WORDS
+    }
+
+    /// Word `word` of stage `number`; 0 where there is none.
+    ///
+    /// # Safety
+    /// The list is as it says.
+    #[inline(always)]
+    unsafe fn fetch(self, number: u32, word: u32) -> u32 {
+        if number < self.end {
+            // SAFETY: inside the list.
+            unsafe { *self.stages.cast::<u32>().add((number * STAGE_WORDS + word) as usize) }
+        } else {
+            0
+        }
+    }
+
+    /// Puts a word where [`stage`](Self::stage) finds it after the next barrier.
+    #[inline(always)]
+    fn store(self, number: u32, word: u32, value: u32) {
+        self.memory.set((self.place(number) + word) as usize, value);
     }
 }
 
@@ -91,16 +137,38 @@ pub struct Block {
     index: u32,
     n_blocks: u32,
     warp: u32,
-    log_warps: u32,
+    n_warps: u32,
     memory: DynamicShared<u32>,
     squares_at: u32,
     sums_at: u32,
-    warps_at: u32,
     prepared_at: u32,
     /// The step's set of vectors.
     set: *mut f32,
     /// The step's position.
     position: u32,
+    list: List,
+    /// This thread's word of the stage that is being fetched, and its number.
+    fetched: u32,
+    fetched_number: u32,
+    times: *mut u64,
+}
+
+impl Block {
+    /// Puts the stage that was fetched where [`List::stage`] finds it after the next barrier: once in each stage.
+    #[inline(always)]
+    fn store_fetched(&self) {
+        let thread = thread_idx_x();
+        if thread < STAGE_WORDS {
+            self.list.store(self.fetched_number, thread, self.fetched);
+        }
+    }
+
+    #[inline(always)]
+    fn mark(&self, k: u32) {
+        if MARKS && !self.times.is_null() && thread_idx_x() == 0 {
+            unsafe { *self.times.add(k as usize) = global_timer() };
+        }
+    }
 }
 
 /// Runs the stages in this block.
@@ -108,72 +176,85 @@ pub struct Block {
 /// # Safety
 /// As [`q8_1::chain`].
 #[inline(always)]
-unsafe fn run<X: Activations>(a: Arguments) {
+unsafe fn run<X: Activations, F: Formats, const HEADS: usize>(a: Arguments) {
     let memory = dynamic_shared!(CHAIN_MEMORY: [u32]);
-    let (thread, log_warps) = (thread_idx_x(), a.layout.log_warps);
+    let (thread, n_warps) = (thread_idx_x(), 1 << a.layout.log_warps);
     let warp = thread / WARP_SIZE;
-    let [squares_at, sums_at, warps_at, prepared_at, rings, _] = a.layout.places();
+    let [list_at, squares_at, sums_at, prepared_at, rings, _] = a.layout.places();
     let ring = rings + warp * CopyQueue::words(a.layout.ring_words);
     let queue = CopyQueue::new(memory, ring, a.layout.ring_words);
-    let mut feed = Feed::new(queue, a.stages, [a.first, a.end], warp, log_warps);
+    let list = List { memory, at: list_at, stages: a.stages, end: a.end };
+    let mut at = thread;
+    while at < (LIST_SLOTS - 2) * STAGE_WORDS {
+        let (number, word) = (a.first + at / STAGE_WORDS, at % STAGE_WORDS);
+        // SAFETY: the list is as it says.
+        list.store(number, word, unsafe { list.fetch(number, word) });
+        at += block_dim_x();
+    }
+    sync_threads();
+    let mut feed = Feed::new(queue, list, a.first, warp, n_warps);
     // SAFETY: the stages are as they say.
-    unsafe { feed.pump() };
+    unsafe { feed.pump(a.end.min(a.first + LIST_SLOTS - 2)) };
 
     let_next_start();
     wait_for_previous();
     // SAFETY: the step was written before the kernels of the step started.
     let step = unsafe { *a.step };
-    let block = Block {
+    let mut block = Block {
         index: block_idx_x(),
         n_blocks: grid_dim_x(),
         warp,
-        log_warps,
+        n_warps,
         memory,
         squares_at,
         sums_at,
-        warps_at,
         prepared_at,
         set: a.vectors.wrapping_add(step.set as usize * a.set_words as usize),
         position: step.position,
-    };
-    let leave_time = |number: u32| {
-        if !a.times.is_null() && thread == 0 {
-            let at = ((number - a.first) * block.n_blocks + block.index) as usize;
-            // SAFETY: the place is this block's.
-            unsafe { *a.times.add(at) = global_timer() };
-        }
+        list,
+        fetched: 0,
+        fetched_number: 0,
+        times: core::ptr::null_mut(),
     };
     let mut number = a.first;
     while number < a.end {
-        // SAFETY: the stage is one of the list, as the caller vouches.
-        let stage = unsafe { &*a.stages.add(number as usize) };
-        leave_time(number);
-        let line = thread * 128;
-        if line < size_of::<Stage>() as u32 && number + LIST_AHEAD < a.end {
-            let later = a.stages.wrapping_add((number + LIST_AHEAD) as usize);
-            prefetch_l1(later.cast::<u8>().wrapping_add(line as usize));
+        let stage = list.stage(number);
+        if !a.times.is_null() {
+            block.times = a.times.wrapping_add((((number - a.first) * block.n_blocks + block.index) * 8) as usize);
         }
+        block.mark(0);
+        // The stage after those that are known: on its way until this one has its vector.
+        let known = a.end.min(number + LIST_SLOTS - 2);
+        if thread < STAGE_WORDS {
+            // SAFETY: the list is as it says.
+            block.fetched = unsafe { list.fetch(number + LIST_SLOTS - 2, thread) };
+        }
+        block.fetched_number = number + LIST_SLOTS - 2;
         // SAFETY: as above.
         unsafe {
-            if stage.kind == Kind::Attention as u32 {
-                attention::run(stage, &block);
-            } else if stage.kind == Kind::Combine as u32 {
+            if stage.kind() == Kind::Attention as u32 {
+                attention::run::<HEADS>(stage, &block);
+            } else if stage.kind() == Kind::Combine as u32 {
                 attention::combine(stage, &block);
             } else {
-                if stage.kind == Kind::Qkv as u32 {
-                    attention::prefetch(&stage.heads, &block);
+                if stage.kind() == Kind::Qkv as u32 {
+                    attention::prefetch(stage.heads(), &block);
                 }
-                product::run::<X>(stage, &block, &mut feed, number);
+                product::run::<X, F>(stage, &block, &mut feed, number, known);
             }
         }
+        block.mark(7);
         number += 1;
     }
-    leave_time(number);
 }
 
+/// A kernel for activations, formats, and query heads that a block takes at a time: the code of one alone stays in the
+/// instruction caches from stage to stage.
 macro_rules! define_kernels {
-    ($(($suffix:ident, $X:ident))*) => {$(
-        #[doc = concat!("On ", stringify!($X), " activations.")]
+    ($(($suffix:ident, $X:ident, $F:ident, $heads:literal))*) => {$(
+        #[doc = concat!(
+            stringify!($X), " activations, formats ", stringify!($F), ", blocks of ", stringify!($heads), " query heads."
+        )]
         pub mod $suffix {
             use super::*;
 
@@ -182,8 +263,9 @@ macro_rules! define_kernels {
             /// # Safety
             /// The stages and everything they point to are in device memory and as their fields say; the vectors that
             /// they write are [`UNWRITTEN`](vector::UNWRITTEN) where a launch runs several stages; the step's position
-            /// is below the caches' `n_ctx`, and all before it are written. The launch has the shared memory that
-            /// [`Layout::places`] ends with. All blocks of a launch of several stages fit on the GPU at once.
+            /// is below the caches' `n_ctx`, and all before it are written. Matrices have the module's formats, and
+            /// blocks its query heads. The launch has the shared memory that [`Layout::places`] ends with. All blocks
+            /// of a launch of several stages fit on the GPU at once.
             ///
             /// # Parameters
             /// - `arguments`: the stages, the step, the vectors
@@ -195,12 +277,50 @@ macro_rules! define_kernels {
             #[kernel(suffix = $suffix, overlapping, launch_bounds(512, 1))]
             pub unsafe fn chain(arguments: Arguments) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$X>(arguments) }
+                unsafe { run::<$X, $F, $heads>(arguments) }
             }
         }
     )*};
 }
 define_kernels! {
-    (q8_1, Q8_1)
-    (f32, F32Vector)
+    (k_quants_h1, Q8_1, KQuants, 1)
+    (k_quants_h2, Q8_1, KQuants, 2)
+    (k_quants_h3, Q8_1, KQuants, 3)
+    (k_quants_h4, Q8_1, KQuants, 4)
+    (legacy_h1, Q8_1, Legacy, 1)
+    (legacy_h2, Q8_1, Legacy, 2)
+    (legacy_h3, Q8_1, Legacy, 3)
+    (legacy_h4, Q8_1, Legacy, 4)
+    (any_h1, Q8_1, Any, 1)
+    (any_h2, Q8_1, Any, 2)
+    (any_h3, Q8_1, Any, 3)
+    (any_h4, Q8_1, Any, 4)
+    (exact_h1, F32Vector, Any, 1)
+    (exact_h2, F32Vector, Any, 2)
+    (exact_h3, F32Vector, Any, 3)
+    (exact_h4, F32Vector, Any, 4)
+}
+
+/// The kernel for f32 or Q8_1 activations, the formats of all matrices, and blocks of `heads` query heads.
+///
+/// # Panics
+/// When there is none: `heads` is not from 1 to [`MAX_HEADS`](attention::MAX_HEADS).
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn kernel_for(
+    is_exact: bool,
+    formats: &[crate::formats::Format],
+    heads: usize,
+) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
+    use crate::formats::Format;
+    let all_are = |known: [Format; 2]| formats.iter().all(|format| known.contains(format));
+    let by_heads = if is_exact {
+        [&exact_h1::CHAIN, &exact_h2::CHAIN, &exact_h3::CHAIN, &exact_h4::CHAIN]
+    } else if all_are([Format::Q4_K, Format::Q6_K]) {
+        [&k_quants_h1::CHAIN, &k_quants_h2::CHAIN, &k_quants_h3::CHAIN, &k_quants_h4::CHAIN]
+    } else if all_are([Format::Q4_1, Format::Q8_0]) {
+        [&legacy_h1::CHAIN, &legacy_h2::CHAIN, &legacy_h3::CHAIN, &legacy_h4::CHAIN]
+    } else {
+        [&any_h1::CHAIN, &any_h2::CHAIN, &any_h3::CHAIN, &any_h4::CHAIN]
+    };
+    by_heads[heads - 1]
 }

@@ -1,20 +1,20 @@
 //! A stage that multiplies: its vector into shared memory, its tiles as they come, and one thread for each quad of
 //! four rows that finishes them.
 
-use super::feed::{Feed, Share};
-use super::stage::{Heads, Kind, Quad, Stage};
+use super::feed::{Feed, Walk};
+use super::stage::{HeadsRef, Kind, Quad, StageRef};
 use super::vector::{await_again4, look4, put, put4};
-use super::{Block, MAX_WARPS};
+use super::{Block, Formats, MAX_WARPS};
 use crate::activations::{Activations, VALUES_PER_THREAD};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
-use crate::formats::{Format, Place, UNIT, UNIT_WORDS, WeightFormat};
+use crate::formats::{UNIT, UNIT_WORDS};
 use crate::math::silu;
 use crate::rope::rotate;
 use cuda_std::float::{f32_to_f16, mul_add, rsqrt};
 use cuda_std::memory::ld_global_u32x4;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add, warp_reduce_add_4};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_add_4};
 use half::f16;
 
 /// Words that finishing a quad may need besides its sums: bias, two rotations, padding.
@@ -25,53 +25,65 @@ pub const PREPARED_WORDS: u32 = 8;
 /// # Safety
 /// The stage, the block's memory and the feed are as they say.
 #[inline(always)]
-pub unsafe fn run<X: Activations>(stage: &Stage, block: &Block, feed: &mut Feed, number: u32) {
+pub(super) unsafe fn run<X: Activations, F: Formats>(
+    stage: StageRef,
+    block: &Block,
+    feed: &mut Feed,
+    number: u32,
+    known: u32,
+) {
     let (first_quad, turns) = stage.deal(block.index);
     if turns == 0 {
+        block.store_fetched();
+        sync_threads();
         return;
     }
-    let share = Share::new(block.log_warps, turns, stage.n_tiles);
     let (memory, thread) = (block.memory, thread_idx_x());
     // The squares of the stage before may still be read.
     let squares = block.squares_at + number % 2 * MAX_WARPS;
-
-    // Whose sums make up a quad takes divisions to know: found out now, by the thread that will need it.
-    let mut turn = thread;
-    while turn < turns {
-        memory.set((block.warps_at + turn) as usize, share.warps_of(turn));
-        turn += block_dim_x();
-    }
+    let n_tiles = stage.n_tiles();
     // SAFETY: the caller's promise.
     unsafe {
-        let square_sum = load_input::<X>(stage, block.set.wrapping_add(stage.input as usize), memory);
-        if !stage.gamma.is_null() {
+        // On its way beside the vector.
+        let mut prepared = [[0.0; 4]; 2];
+        if thread < turns {
+            prepared = prepare(stage, block, stage.quad(first_quad + thread));
+        }
+        block.mark(1);
+        let square_sum = load_input::<X>(stage, block.set.wrapping_add(stage.input() as usize), memory);
+        if !stage.gamma() == 0 {
             store_squares(memory, squares, square_sum);
         }
         if thread < turns {
-            let prepared = prepare(stage, block, stage.quad(first_quad + thread));
             let at = (block.prepared_at + thread * PREPARED_WORDS) as usize;
             memory.set4(at, prepared[0].map(f32::to_bits));
             memory.set4(at + 4, prepared[1].map(f32::to_bits));
         }
     }
+    block.store_fetched();
+    block.mark(2);
     sync_threads();
+    block.mark(3);
     // SAFETY: as above.
-    unsafe { multiply::<X>(stage, block, share, first_quad, feed) };
+    unsafe { multiply::<X, F>(stage, block, [first_quad, turns * n_tiles], feed, known) };
+    block.mark(4);
     sync_threads();
+    block.mark(5);
 
-    let factor = if stage.gamma.is_null() {
+    let factor = if stage.gamma() == 0 {
         1.0
     } else {
-        rsqrt(mul_add(load_squares(memory, squares), stage.per_n, stage.eps))
+        rsqrt(mul_add(load_squares(memory, squares), stage.per_n(), stage.eps()))
     };
     let mut turn = thread;
     while turn < turns {
-        let warps = memory.get((block.warps_at + turn) as usize);
         let mut sums = [0.0f32; TILE_ROWS];
-        for warp in (warps & 0xffff)..=(warps >> 16) {
-            let at = block.sums_at + (turn + warp) * TILE_ROWS as u32;
+        let mut tile = turn * n_tiles;
+        while tile < (turn + 1) * n_tiles {
+            let at = block.sums_at + tile * TILE_ROWS as u32;
             let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
             sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
+            tile += 1;
         }
         let quad = stage.quad(first_quad + turn);
         // SAFETY: the quad is one of the stage's, finished by this thread alone.
@@ -98,12 +110,12 @@ pub unsafe fn run<X: Activations>(stage: &Stage, block: &Block, feed: &mut Feed,
 /// `source` is the stage's input.
 #[inline(always)]
 unsafe fn load_input<X: Activations>(
-    stage: &Stage,
+    stage: StageRef,
     source: *const f32,
     memory: DynamicShared<u32>,
 ) -> f32 {
     let (thread, block_dim) = (thread_idx_x(), block_dim_x());
-    let (n, gamma) = (stage.n, stage.gamma);
+    let (n, gamma) = (stage.n(), stage.gamma() as *const f32);
     let n_words = n.div_ceil(UNIT as u32) * UNIT_WORDS as u32;
     let n_full = n.div_ceil(VALUES_PER_THREAD as u32);
     // Warps stay whole: the lanes of a unit quantize it together.
@@ -180,118 +192,51 @@ fn load_squares(memory: DynamicShared<u32>, at: u32) -> f32 {
     sum
 }
 
-/// The warp's part of the products: leaves its sums of each quad at the quad's and warp's place.
+/// The warp's part of the products: leaves its sums of each tile at the tile's place. `first_quad` and `n` are the
+/// block's first quad and how many tiles it has.
 ///
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn multiply<X: Activations>(
-    stage: &Stage,
+unsafe fn multiply<X: Activations, F: Formats>(
+    stage: StageRef,
     block: &Block,
-    share: Share,
-    first_quad: u32,
+    [first_quad, n]: [u32; 2],
     feed: &mut Feed,
+    known: u32,
 ) {
-    let (lane, n_units) = (lane_id(), stage.n.div_ceil(UNIT as u32));
-    let mut walk = share.walk(block.warp);
-    let mut sums = [0.0f32; TILE_ROWS];
-    let mut part = &stage.parts[stage.quad(first_quad + walk.turn).part as usize];
-    while walk.left > 0 {
+    let (lane, n_units) = (lane_id(), stage.n().div_ceil(UNIT as u32));
+    let mut walk = Walk::new(stage, block.warp);
+    let has_parts = stage.part(1).n_quads() > 0;
+    let matrix = |turn: u32| {
+        let part = stage.part(if has_parts { stage.quad(first_quad + turn).part } else { 0 });
+        (part.format(), part.tile_bytes() / 4, part.last_tile_bytes() / 4)
+    };
+    let (mut format, mut tile_words, mut last_tile_words) = matrix(walk.turn);
+    while walk.number < n {
         let tile_units = (n_units - walk.tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-        let words = if walk.is_last() { part.last_tile_bytes } else { part.tile_bytes } / 4;
+        let words = if walk.is_last() { last_tile_words } else { tile_words };
         let tile = SharedTile { memory: block.memory, start: feed.queue.front(words) as usize };
+        let mut sums = [0.0f32; TILE_ROWS];
         if lane < tile_units {
             // The vector starts at the start of the memory.
             let x = X::load(block.memory, walk.tile as usize, lane as usize);
-            sums = dots::<X>(part.format, tile, tile_units as usize, lane as usize, &x, sums);
+            sums = F::dots::<X>(format, tile, tile_units as usize, lane as usize, &x);
         }
-        let turn = walk.turn;
-        let is_next = walk.advance();
         // All lanes meet here after their last read of the tile: its place is free.
-        if !is_next && walk.left > 0 {
-            sync_warp(FULL_MASK);
-        } else {
-            let sum = warp_reduce_add_4(sums);
-            if lane.is_multiple_of(8) {
-                let at = block.sums_at + (turn + block.warp) * TILE_ROWS as u32 + lane / 8;
-                block.memory.set(at as usize, sum.to_bits());
-            }
-            sums = [0.0; TILE_ROWS];
+        let sum = warp_reduce_add_4(sums);
+        if lane.is_multiple_of(8) {
+            let at = block.sums_at + walk.number * TILE_ROWS as u32 + lane / 8;
+            block.memory.set(at as usize, sum.to_bits());
         }
         feed.queue.pop(words);
         // SAFETY: the stages are as they say.
-        unsafe { feed.pump() };
-        if is_next && walk.left > 0 {
-            part = &stage.parts[stage.quad(first_quad + walk.turn).part as usize];
+        unsafe { feed.pump(known) };
+        walk.advance(block.n_warps);
+        if has_parts && walk.number < n {
+            (format, tile_words, last_tile_words) = matrix(walk.turn);
         }
     }
-}
-
-/// `sums` plus the products of a tile's four rows with the vector's unit of this lane. The format is the same for all
-/// lanes of the warp.
-#[inline(always)]
-fn dots<X: Activations>(
-    format: u32,
-    tile: SharedTile,
-    n_units: usize,
-    unit: usize,
-    x: &X::Unit,
-    sums: [f32; TILE_ROWS],
-) -> [f32; TILE_ROWS] {
-    use crate::formats::{F16, F32, Q4_1, Q4_K, Q6_K, Q8_0};
-    const Q8_0_FORMAT: u32 = Format::Q8_0 as u32;
-    const Q4_1_FORMAT: u32 = Format::Q4_1 as u32;
-    const Q4_K_FORMAT: u32 = Format::Q4_K as u32;
-    const Q6_K_FORMAT: u32 = Format::Q6_K as u32;
-    const F16_FORMAT: u32 = Format::F16 as u32;
-    match format {
-        Q4_K_FORMAT => four_dots::<Q4_K, X>(tile, n_units, unit, x, sums),
-        Q6_K_FORMAT => four_dots::<Q6_K, X>(tile, n_units, unit, x, sums),
-        Q8_0_FORMAT => four_dots::<Q8_0, X>(tile, n_units, unit, x, sums),
-        Q4_1_FORMAT => four_dots::<Q4_1, X>(tile, n_units, unit, x, sums),
-        F16_FORMAT => row_by_row::<F16, X>(tile, n_units, unit, x, sums),
-        _ => row_by_row::<F32, X>(tile, n_units, unit, x, sums),
-    }
-}
-
-/// The four rows at once, written out: an array of closures' results would be filled in a loop, with `x` in local
-/// memory.
-#[inline(always)]
-fn four_dots<F: WeightFormat, X: Activations>(
-    tile: SharedTile,
-    n_units: usize,
-    unit: usize,
-    x: &X::Unit,
-    [s0, s1, s2, s3]: [f32; TILE_ROWS],
-) -> [f32; TILE_ROWS] {
-    [
-        X::dot(&F::unpack(tile, Place { n_units, row: 0, unit }), x, s0),
-        X::dot(&F::unpack(tile, Place { n_units, row: 1, unit }), x, s1),
-        X::dot(&F::unpack(tile, Place { n_units, row: 2, unit }), x, s2),
-        X::dot(&F::unpack(tile, Place { n_units, row: 3, unit }), x, s3),
-    ]
-}
-
-/// Row by row, in a loop that the compiler cannot unroll since it does not know where it ends: formats that are rare
-/// and have many registers of weights.
-#[inline(always)]
-fn row_by_row<F: WeightFormat, X: Activations>(
-    tile: SharedTile,
-    n_units: usize,
-    unit: usize,
-    x: &X::Unit,
-    sums: [f32; TILE_ROWS],
-) -> [f32; TILE_ROWS] {
-    let n_rows = if n_units <= TILE_UNITS { TILE_ROWS } else { 0 };
-    let mut sums = sums;
-    let mut row = 0;
-    while row < n_rows {
-        // The rows' sums go round.
-        let [first, s1, s2, s3] = sums;
-        sums = [s1, s2, s3, X::dot(&F::unpack(tile, Place { n_units, row, unit }), x, first)];
-        row += 1;
-    }
-    sums
 }
 
 /// Where the rows of a quad of queries, keys or values are: their head, the quad's place in it, and the rows.
@@ -302,15 +247,15 @@ struct Rows {
 }
 
 #[inline(always)]
-fn rows(heads: &Heads, quad: Quad) -> Rows {
+fn rows(heads: HeadsRef, quad: Quad) -> Rows {
     let first = quad.number * TILE_ROWS as u32;
-    let head = ((u64::from(first) * u64::from(heads.per_head_dim)) >> 32) as u32;
-    let place = first - head * heads.head_dim;
+    let head = ((u64::from(first) * u64::from(heads.per_head_dim())) >> 32) as u32;
+    let place = first - head * heads.head_dim();
     // Pairs stand side by side: of the second pair of the quad either value is one further than of the first.
-    let paired = heads.pair_distance > 1 && quad.part < 2;
+    let paired = heads.pair_distance() > 1 && quad.part < 2;
     let row = |i: u32| {
-        if paired && place + (i & 2) < heads.n_rot {
-            first - place + place / 2 + i / 2 + i % 2 * heads.pair_distance
+        if paired && place + (i & 2) < heads.n_rot() {
+            first - place + place / 2 + i / 2 + i % 2 * heads.pair_distance()
         } else {
             first + i
         }
@@ -324,19 +269,19 @@ fn rows(heads: &Heads, quad: Quad) -> Rows {
 /// # Safety
 /// The quad is one of the stage's; what the stage points to is as it says.
 #[inline(always)]
-unsafe fn prepare(stage: &Stage, block: &Block, quad: Quad) -> [[f32; 4]; 2] {
+unsafe fn prepare(stage: StageRef, block: &Block, quad: Quad) -> [[f32; 4]; 2] {
     // SAFETY: the caller's promise: rows and pairs are those of the quad.
     unsafe {
-        if stage.kind == Kind::Add as u32 {
-            let from = block.set.add(stage.residual as usize + quad.number as usize * TILE_ROWS);
+        if stage.kind() == Kind::Add as u32 {
+            let from = block.set.add(stage.residual() as usize + quad.number as usize * TILE_ROWS);
             return [look4(from).map(f32::from_bits), [0.0; 4]];
         }
-        if stage.kind != Kind::Qkv as u32 {
+        if stage.kind() != Kind::Qkv as u32 {
             return [[0.0; 4]; 2];
         }
-        let heads = &stage.heads;
+        let heads = stage.heads();
         let Rows { place, rows: [r0, r1, r2, r3], .. } = rows(heads, quad);
-        let bias = heads.bias[quad.part as usize];
+        let bias = heads.bias(quad.part);
         let bias = if bias.is_null() {
             [0.0; 4]
         } else {
@@ -344,8 +289,8 @@ unsafe fn prepare(stage: &Stage, block: &Block, quad: Quad) -> [[f32; 4]; 2] {
         };
         let rotation = |pair: u32| {
             let in_head = place + 2 * pair;
-            let is_rotated = quad.part < 2 && in_head < heads.n_rot;
-            if is_rotated { *heads.rotation.add(in_head as usize / 2) } else { [1.0, 0.0] }
+            let is_rotated = quad.part < 2 && in_head < heads.n_rot();
+            if is_rotated { *(heads.rotation() as *const [f32; 2]).add(in_head as usize / 2) } else { [1.0, 0.0] }
         };
         let ([c0, s0], [c1, s1]) = (rotation(0), rotation(1));
         [bias, [c0, s0, c1, s1]]
@@ -358,25 +303,25 @@ unsafe fn prepare(stage: &Stage, block: &Block, quad: Quad) -> [[f32; 4]; 2] {
 /// As [`prepare`]; no other thread finishes the quad.
 #[inline(always)]
 unsafe fn finish(
-    stage: &Stage,
+    stage: StageRef,
     block: &Block,
     quad: Quad,
     sums: [f32; TILE_ROWS],
     [first, second]: [[f32; 4]; 2],
 ) {
     let row = quad.number as usize * TILE_ROWS;
-    let output = block.set.wrapping_add(stage.output as usize);
-    let n_left = (stage.parts[0].n_rows as usize).saturating_sub(row);
+    let output = block.set.wrapping_add(stage.output() as usize);
+    let n_left = (stage.part(0).n_rows() as usize).saturating_sub(row);
     // SAFETY: rows and places are the quad's.
     unsafe {
-        if stage.kind == Kind::Qkv as u32 {
+        if stage.kind() == Kind::Qkv as u32 {
             finish_qkv(stage, block, quad, sums, first, second);
-        } else if stage.kind == Kind::Swiglu as u32 {
+        } else if stage.kind() == Kind::Swiglu as u32 {
             // Of such a matrix a quad holds two rows of each half.
             let [gate0, gate1, up0, up1] = sums;
             put(output.add(row / 2), silu(gate0) * up0);
             put(output.add(row / 2 + 1), silu(gate1) * up1);
-        } else if stage.kind == Kind::Add as u32 {
+        } else if stage.kind() == Kind::Add as u32 {
             let y = [first[0] + sums[0], first[1] + sums[1], first[2] + sums[2], first[3] + sums[3]];
             if n_left >= TILE_ROWS {
                 put4(output.add(row), y);
@@ -390,7 +335,7 @@ unsafe fn finish(
                 }
             }
         } else {
-            let logits = stage.logits.add(row);
+            let logits = (stage.logits() as *mut f32).add(row);
             *logits = sums[0];
             if n_left > 1 {
                 *logits.add(1) = sums[1];
@@ -411,18 +356,18 @@ unsafe fn finish(
 /// As [`finish`].
 #[inline(always)]
 unsafe fn finish_qkv(
-    stage: &Stage,
+    stage: StageRef,
     block: &Block,
     quad: Quad,
     sums: [f32; TILE_ROWS],
     bias: [f32; 4],
     [c0, s0, c1, s1]: [f32; 4],
 ) {
-    let heads = &stage.heads;
+    let heads = stage.heads();
     let Rows { head, rows: [r0, r1, r2, r3], .. } = rows(heads, quad);
     let [a0, b0] = rotate([sums[0] + bias[0], sums[1] + bias[1]], [c0, s0]);
     let [a1, b1] = rotate([sums[2] + bias[2], sums[3] + bias[3]], [c1, s1]);
-    let (n_q, n_kv) = (heads.n_head * heads.head_dim, heads.n_head_kv * heads.head_dim);
+    let (n_q, n_kv) = (heads.n_head() * heads.head_dim(), heads.n_head_kv() * heads.head_dim());
     let first = match quad.part {
         0 => 0,
         1 => n_q,
@@ -430,16 +375,16 @@ unsafe fn finish_qkv(
     };
     // SAFETY: the rows are the matrix's, the position is inside the cache, and the elements are this thread's own.
     unsafe {
-        let output = block.set.add((stage.output + first) as usize);
+        let output = block.set.add((stage.output() + first) as usize);
         put(output.add(r0 as usize), a0);
         put(output.add(r1 as usize), b0);
         put(output.add(r2 as usize), a1);
         put(output.add(r3 as usize), b1);
         if quad.part > 0 {
-            let cache = if quad.part == 1 { heads.k_cache } else { heads.v_cache };
+            let cache = if quad.part == 1 { heads.k_cache() } else { heads.v_cache() } as *mut f16;
             // In the cache a head's positions lie between it and the next head.
-            let skipped = (u64::from(head) * u64::from(heads.n_ctx - 1) + u64::from(block.position)) as usize;
-            let cache = cache.add(skipped * heads.head_dim as usize);
+            let skipped = (u64::from(head) * u64::from(heads.n_ctx() - 1) + u64::from(block.position)) as usize;
+            let cache = cache.add(skipped * heads.head_dim() as usize);
             *cache.add(r0 as usize) = f16::from_bits(f32_to_f16(a0));
             *cache.add(r1 as usize) = f16::from_bits(f32_to_f16(b0));
             *cache.add(r2 as usize) = f16::from_bits(f32_to_f16(a1));

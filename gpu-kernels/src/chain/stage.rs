@@ -1,6 +1,7 @@
 //! The list of a step's operations, as the kernel reads it from device memory.
 
 use bytemuck::{Pod, Zeroable};
+use cuda_std::shared::DynamicShared;
 use half::f16;
 
 /// What a stage does. Each product reads the vector `input` and, where `gamma` is there, normalises it first.
@@ -128,6 +129,14 @@ pub struct Stage {
     pub blocks_with_more: u32,
     /// Tiles of a quad.
     pub n_tiles: u32,
+    /// `2^16 / n_tiles`, rounded up: what a small number is multiplied with to be divided by it.
+    pub per_n_tiles: u32,
+    /// How many quads, and tiles besides, a warp's next tile is further than the present one.
+    pub step_quads: u32,
+    /// See above; below `n_tiles`.
+    pub step_tiles: u32,
+    /// Unused, so that what follows is aligned.
+    pub reserved: u32,
     /// The factors of RMSNorm, `[n]`, at a multiple of 16 bytes; null where nothing is normalised.
     pub gamma: *const f32,
     /// The logits, which are no vector of the step.
@@ -142,41 +151,129 @@ pub struct Stage {
 unsafe impl Zeroable for Stage {}
 // SAFETY: numbers and addresses without padding between them, as the assertion below says.
 unsafe impl Pod for Stage {}
-const _: () = assert!(size_of::<Stage>() == 10 * 4 + 2 * 8 + 3 * 32 + 6 * 8 + 14 * 4);
+const _: () = assert!(size_of::<Stage>() == 14 * 4 + 2 * 8 + 3 * 32 + 6 * 8 + 14 * 4);
 
 /// A quad of a product: of which matrix, and its number there.
 #[derive(Clone, Copy)]
-pub struct Quad {
-    /// The matrix.
-    pub part: u32,
+pub(super) struct Quad {
+    pub(super) part: u32,
     /// Counted from the matrix's first.
-    pub number: u32,
+    pub(super) number: u32,
 }
 
-impl Stage {
+/// Words of a stage.
+pub const STAGE_WORDS: u32 = (size_of::<Stage>() / 4) as u32;
+
+/// Reads of a structure in shared memory, each of a field.
+macro_rules! shared_fields {
+    ($Type:ident { $($field:ident: $kind:ident),* }) => {
+        $(
+            #[inline(always)]
+            pub(super) fn $field(self) -> shared_fields!(@type $kind) {
+                let offset = const { core::mem::offset_of!($Type, $field) as u32 / 4 };
+                shared_fields!(@read $kind, self.memory, (self.at + offset) as usize)
+            }
+        )*
+    };
+    (@type u32) => { u32 };
+    (@type f32) => { f32 };
+    (@type address) => { usize };
+    (@read u32, $memory:expr, $at:expr) => { $memory.get($at) };
+    (@read f32, $memory:expr, $at:expr) => { f32::from_bits($memory.get($at)) };
+    (@read address, $memory:expr, $at:expr) => { $memory.view::<u64>().get($at / 2) as usize };
+}
+
+/// A [`Part`] in shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct PartRef {
+    memory: DynamicShared<u32>,
+    at: u32,
+}
+
+impl PartRef {
+    shared_fields! { Part {
+        tiles: address, format: u32, n_rows: u32, n_quads: u32, tile_bytes: u32, last_tile_bytes: u32, quad_bytes: u32
+    } }
+}
+
+/// [`Heads`] in shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct HeadsRef {
+    memory: DynamicShared<u32>,
+    at: u32,
+}
+
+impl HeadsRef {
+    shared_fields! { Heads {
+        k_cache: address, v_cache: address, rotation: address, n_head: u32, n_head_kv: u32, head_dim: u32,
+        per_head_dim: u32, n_ctx: u32, n_rot: u32, pair_distance: u32, blocks_per_kv: u32, heads_per_block: u32,
+        lanes: u32, n_splits: u32, scale: f32, split_values: u32, split_sums: u32
+    } }
+
+    /// The bias of the queries, keys or values.
+    #[inline(always)]
+    pub(super) fn bias(self, part: u32) -> *const f32 {
+        let offset = const { core::mem::offset_of!(Heads, bias) as u32 / 4 };
+        self.memory.view::<u64>().get(((self.at + offset) / 2 + part) as usize) as usize as *const f32
+    }
+}
+
+/// A [`Stage`] in shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct StageRef {
+    memory: DynamicShared<u32>,
+    at: u32,
+}
+
+impl StageRef {
+    /// The stage at word `at`, a multiple of 2.
+    #[inline(always)]
+    pub(super) fn new(memory: DynamicShared<u32>, at: u32) -> Self {
+        Self { memory, at }
+    }
+
+    shared_fields! { Stage {
+        kind: u32, n: u32, per_n: f32, eps: f32, input: u32, residual: u32, output: u32, turns: u32,
+        blocks_with_more: u32, n_tiles: u32, per_n_tiles: u32,
+        step_quads: u32, step_tiles: u32, gamma: address, logits: address
+    } }
+
+    /// A matrix.
+    #[inline(always)]
+    pub(super) fn part(self, part: u32) -> PartRef {
+        let offset = const { core::mem::offset_of!(Stage, parts) as u32 / 4 };
+        PartRef { memory: self.memory, at: self.at + offset + part * const { size_of::<Part>() as u32 / 4 } }
+    }
+
+    /// Queries, keys, values and attention.
+    #[inline(always)]
+    pub(super) fn heads(self) -> HeadsRef {
+        let offset = const { core::mem::offset_of!(Stage, heads) as u32 / 4 };
+        HeadsRef { memory: self.memory, at: self.at + offset }
+    }
+
     /// Whether it multiplies.
     #[inline(always)]
-    pub fn is_product(&self) -> bool {
-        self.kind != Kind::Attention as u32 && self.kind != Kind::Combine as u32
+    pub(super) fn is_product(self) -> bool {
+        let kind = self.kind();
+        kind != Kind::Attention as u32 && kind != Kind::Combine as u32
     }
 
     /// A block's first quad, counted through all matrices, and how many it has.
     #[inline(always)]
-    pub fn deal(&self, block: u32) -> (u32, u32) {
-        let with_more = self.blocks_with_more;
-        (block * self.turns + block.min(with_more), self.turns + u32::from(block < with_more))
+    pub(super) fn deal(self, block: u32) -> (u32, u32) {
+        let (turns, with_more) = (self.turns(), self.blocks_with_more());
+        (block * turns + block.min(with_more), turns + u32::from(block < with_more))
     }
 
     /// A quad by its number through all matrices.
     #[inline(always)]
-    pub fn quad(&self, number: u32) -> Quad {
-        let [first, second, _] = &self.parts;
-        if number < first.n_quads {
-            Quad { part: 0, number }
-        } else if number - first.n_quads < second.n_quads {
-            Quad { part: 1, number: number - first.n_quads }
-        } else {
-            Quad { part: 2, number: number - first.n_quads - second.n_quads }
+    pub(super) fn quad(self, number: u32) -> Quad {
+        let first = self.part(0).n_quads();
+        if number < first {
+            return Quad { part: 0, number };
         }
+        let (number, second) = (number - first, self.part(1).n_quads());
+        if number < second { Quad { part: 1, number } } else { Quad { part: 2, number: number - second } }
     }
 }

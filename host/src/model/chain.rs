@@ -118,11 +118,14 @@ impl ForwardChain {
         b: &mut Buffers,
     ) -> Result<Vec<(Point, f64)>> {
         let (n, n_blocks) = (self.chain.len(), self.chain.n_blocks());
-        let mut times: Buffer<u64> = device.alloc((n + 1) * n_blocks)?;
+        let mut times: Buffer<u64> = device.alloc((n + 1) * n_blocks * 8)?;
         let (chain, rope) = (&mut self.chain, &settings.rope);
         ops::embed_chain(device, &weights.token_embd, &b.step, rope, chain, &mut b.rotation)?;
         self.chain.run(device, &b.step, 0..n, Some(&mut times))?;
         let times = device.to_vec(&times)?;
+        if let Ok(path) = std::env::var("RAW") {
+            std::fs::write(path, bytemuck::cast_slice::<u64, u8>(&times[..n * n_blocks * 8])).unwrap();
+        }
         let mean = |operation: usize| {
             let all = &times[operation * n_blocks..][..n_blocks];
             let first = times[0];

@@ -8,12 +8,13 @@ use super::{AttentionShape, KvLayer, Matrix, Norm, QkvWeights, Rope, aligned, at
 use crate::device::{Buffer, Device, Kept};
 use anyhow::{Context as _, Result, ensure};
 use bytemuck::Zeroable;
+use cuda_std::launch::Kernel;
 use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1};
 use gpu_kernels::chain::attention::{MAX_HEADS, MAX_SPLITS, combine_words, shared_words};
 use gpu_kernels::chain::stage::{Heads, Kind, Part, Stage};
 use gpu_kernels::chain::vector::UNWRITTEN;
 use gpu_kernels::chain::{self as kernel, Arguments, Layout};
-use gpu_kernels::formats::UNIT;
+use gpu_kernels::formats::{Format, UNIT};
 use gpu_kernels::formats::tile::TILE_UNITS;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
@@ -59,6 +60,9 @@ pub struct ChainBuilder<'d> {
     /// Words of shared memory that a stage needs for itself.
     stage_words: usize,
     largest_tile: usize,
+    formats: Vec<Format>,
+    /// Query heads that a block of attention takes.
+    heads_per_block: usize,
     kept: Vec<Kept>,
 }
 
@@ -67,7 +71,7 @@ impl<'d> ChainBuilder<'d> {
     pub fn new(device: &'d Device, is_exact: bool, most_rows: usize) -> Self {
         let cores = device.multiprocessors() as usize;
         let (n_blocks, log_warps) = if device.is_cuda() {
-            (cores, kernel::MAX_WARPS.ilog2())
+            (cores, std::env::var("LOGW").map_or(kernel::MAX_WARPS.ilog2(), |v| v.parse().unwrap()))
         } else {
             // The threads of a block take turns there: more of them only cost.
             (most_rows.div_ceil(4).div_ceil(MOST_TURNS).next_multiple_of(cores), 2)
@@ -81,6 +85,8 @@ impl<'d> ChainBuilder<'d> {
             n_words: 0,
             stage_words: 0,
             largest_tile: 0,
+            formats: Vec::new(),
+            heads_per_block: 1,
             kept: Vec::new(),
         }
     }
@@ -141,6 +147,7 @@ impl<'d> ChainBuilder<'d> {
             heads.split_values = dim(self.vector(n_splits * n_q).at)?;
             heads.split_sums = dim(self.vector(n_splits * n_head * 4).at)?;
         }
+        self.heads_per_block = heads.heads_per_block as usize;
         let n_warps = 1 << self.log_warps;
         let words = shared_words(n_warps, heads.heads_per_block, heads.head_dim);
         self.stage_words = self.stage_words.max(words.max(combine_words(32 * n_warps)) as usize);
@@ -304,6 +311,7 @@ impl<'d> ChainBuilder<'d> {
         let mut parts = [Part::NONE; 3];
         for (part, matrix) in parts.iter_mut().zip(matrices) {
             *part = matrix.as_part()?;
+            self.formats.push(matrix.format());
             self.largest_tile = self.largest_tile.max(matrix.largest_tile());
             self.kept.push(matrix.keep());
         }
@@ -316,6 +324,7 @@ impl<'d> ChainBuilder<'d> {
             turns: dim(n_quads / self.n_blocks)?,
             blocks_with_more: dim(n_quads % self.n_blocks)?,
             n_tiles: dim(n_tiles)?,
+            per_n_tiles: (1u32 << 16).div_ceil(dim(n_tiles)?),
             parts,
             ..Stage::zeroed()
         };
@@ -339,11 +348,12 @@ impl<'d> ChainBuilder<'d> {
     pub fn build(self) -> Result<Chain> {
         let whole = self.device.shared_bytes();
         let turns = |stage: &Stage| stage.turns + u32::from(stage.blocks_with_more > 0);
+        let tiles = self.stages.iter().map(|stage| turns(stage) * stage.n_tiles).max().unwrap_or(0);
         let turns = self.stages.iter().map(turns).max().context("the chain has no operation")?;
         let stage_words = dim(self.stage_words.next_multiple_of(4))?;
         let least_ring = dim(2 * self.largest_tile / 4)?;
         let layout = (0..=self.log_warps).rev().find_map(|log_warps| {
-            let mut layout = Layout { log_warps, stage_words, turns, ring_words: 0 };
+            let mut layout = Layout { log_warps, stage_words, turns, tiles, ring_words: 0 };
             let free = (whole / 4).checked_sub(layout.places()[5])?;
             layout.ring_words = (free >> log_warps) / 4 * 4;
             if !self.device.is_cuda() {
@@ -360,11 +370,16 @@ impl<'d> ChainBuilder<'d> {
                 4 * stage_words
             )
         })?;
+        let mut stages = self.stages;
+        for stage in stages.iter_mut().filter(|stage| stage.n_tiles > 0) {
+            let n_warps = 1 << layout.log_warps;
+            (stage.step_quads, stage.step_tiles) = (n_warps / stage.n_tiles, n_warps % stage.n_tiles);
+        }
         let mut chain = Chain {
-            list: self.device.alloc_from(&self.stages)?,
+            kernel: kernel::kernel_for(self.is_exact, &self.formats, self.heads_per_block),
+            list: self.device.alloc_from(&stages)?,
             sets: self.device.alloc(2 * self.n_words)?,
             set_words: self.n_words,
-            is_exact: self.is_exact,
             n_blocks: self.n_blocks,
             layout,
             _kept: self.kept,
@@ -383,11 +398,11 @@ fn natural(operation: &str, weights: &Matrix) -> Result<()> {
 
 /// The operations of a step, in device memory.
 pub struct Chain {
+    kernel: &'static Kernel<(Arguments,)>,
     list: Buffer<Stage>,
     /// Two sets of vectors, which steps use in turns.
     pub(super) sets: Buffer<f32>,
     pub(super) set_words: usize,
-    is_exact: bool,
     n_blocks: usize,
     layout: Layout,
     /// What the list points to.
@@ -459,7 +474,7 @@ impl Chain {
             layout: self.layout,
         };
         if let Some(times) = times {
-            at_least("chain", "times", times, (operations.len() + 1) * self.n_blocks)?;
+            at_least("chain", "times", times, (operations.len() + 1) * self.n_blocks * 8)?;
             arguments.times = times.as_mut_ptr();
         }
         let mut config = launch_1d(self.n_blocks, 32 << self.layout.log_warps)?;
@@ -468,13 +483,12 @@ impl Chain {
             // More than half of a multiprocessor's: its blocks are one on each.
             config.dynamic_shared_bytes = config.dynamic_shared_bytes.max(device.shared_bytes() / 2 + 1024);
         }
-        let kernel = if self.is_exact { &kernel::f32::CHAIN } else { &kernel::q8_1::CHAIN };
         let at_once = if device.is_cuda() { operations.len() } else { 1 };
         for first in operations.step_by(at_once.max(1)) {
             (arguments.first, arguments.end) = (dim(first)?, dim(first + at_once)?);
             // SAFETY: the stages are whole by construction, and what they point to is kept; the order is the caller's, and
             // on a GPU there are as many blocks as multiprocessors.
-            unsafe { device.launch(kernel, config, (arguments,))? };
+            unsafe { device.launch(self.kernel, config, (arguments,))? };
             if !arguments.times.is_null() {
                 arguments.times = arguments.times.wrapping_add(self.n_blocks);
             }
