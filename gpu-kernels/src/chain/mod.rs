@@ -26,9 +26,9 @@ use dots::{Any, Formats, KQuants, Legacy};
 use feed::Feed;
 use stage::{Kind, STAGE_WORDS, Stage, StageRef};
 
-pub const MARKS: bool = true;
+const MARKS: bool = false;
 /// Most warps in a block.
-pub const MAX_WARPS: u32 = 16;
+pub const MAX_WARPS: u32 = 8;
 /// Stages that are in shared memory at a time: the present one, those after it whose tiles may be on their way already,
 /// the one that is being fetched, and the one before, which slower warps may still look at.
 const LIST_SLOTS: u32 = 8;
@@ -274,7 +274,7 @@ macro_rules! define_kernels {
             /// One block on each multiprocessor, of `2^layout.log_warps` warps; how a stage is dealt out to them is its own
             /// matter. Bytes moved: those of the matrices and of the cache, and every vector once for each block, from the
             /// L2 cache.
-            #[kernel(suffix = $suffix, overlapping, launch_bounds(512, 1))]
+            #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 1))]
             pub unsafe fn chain(arguments: Arguments) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
                 unsafe { run::<$X, $F, $heads>(arguments) }
