@@ -18,6 +18,7 @@ use crate::activations::{Activations, F32Vector, Q8_1};
 use crate::step::Step;
 use cuda_std::copy_queue::CopyQueue;
 use cuda_std::grid::{let_next_start, wait_for_previous};
+use cuda_std::memory::prefetch_l2;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, block_idx_x, global_timer, grid_dim_x, sync_threads, thread_idx_x};
 use cuda_std::warp::WARP_SIZE;
@@ -28,7 +29,7 @@ use stage::{Kind, STAGE_WORDS, Stage, StageRef};
 
 const MARKS: bool = false;
 /// Most warps in a block.
-pub const MAX_WARPS: u32 = 8;
+pub const MAX_WARPS: u32 = 12;
 /// Stages that are in shared memory at a time: the present one, those after it whose tiles may be on their way already,
 /// the one that is being fetched, and the one before, which slower warps may still look at.
 const LIST_SLOTS: u32 = 8;
@@ -64,8 +65,8 @@ unsafe impl cuda_std::launch::KernelArg for Arguments {}
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
-    /// The base-2 logarithm of the warps in a block.
-    pub log_warps: u32,
+    /// Warps in a block.
+    pub n_warps: u32,
     /// For a stage's vector, or what attention needs; a multiple of 4.
     pub stage_words: u32,
     /// Most quads, and most tiles, that a block has in a stage.
@@ -80,7 +81,7 @@ impl Layout {
     /// Where each part starts: the list, sums of squares, sums of each tile, what is prepared for each quad, rings, the end.
     #[inline(always)]
     pub fn places(self) -> [u32; 6] {
-        let n_warps = 1 << self.log_warps;
+        let n_warps = self.n_warps;
         let list = self.stage_words;
         let squares = list + LIST_SLOTS * STAGE_WORDS;
         let sums = squares + 2 * MAX_WARPS;
@@ -171,6 +172,25 @@ impl Block {
     }
 }
 
+/// How many stages ahead the vectors among the weights are asked for.
+const VECTORS_AHEAD: u32 = 3;
+
+/// Asks the L2 cache for a stage's factors and biases: they would be the last to come while memory is busy with tiles.
+#[inline(always)]
+fn prefetch_vectors(stage: StageRef) {
+    let thread = thread_idx_x();
+    let (from, n) = if thread == 0 {
+        (stage.gamma(), stage.n())
+    } else if thread < 4 && stage.kind() == Kind::Qkv as u32 {
+        (stage.heads().bias(thread - 1) as usize, stage.part(thread - 1).n_rows())
+    } else {
+        (0, 0)
+    };
+    if from != 0 {
+        prefetch_l2(from as *const u8, n * 4 / 16 * 16);
+    }
+}
+
 /// Runs the stages in this block.
 ///
 /// # Safety
@@ -178,7 +198,7 @@ impl Block {
 #[inline(always)]
 unsafe fn run<X: Activations, F: Formats, const HEADS: usize>(a: Arguments) {
     let memory = dynamic_shared!(CHAIN_MEMORY: [u32]);
-    let (thread, n_warps) = (thread_idx_x(), 1 << a.layout.log_warps);
+    let (thread, n_warps) = (thread_idx_x(), a.layout.n_warps);
     let warp = thread / WARP_SIZE;
     let [list_at, squares_at, sums_at, prepared_at, rings, _] = a.layout.places();
     let ring = rings + warp * CopyQueue::words(a.layout.ring_words);
@@ -230,6 +250,9 @@ unsafe fn run<X: Activations, F: Formats, const HEADS: usize>(a: Arguments) {
             block.fetched = unsafe { list.fetch(number + LIST_SLOTS - 2, thread) };
         }
         block.fetched_number = number + LIST_SLOTS - 2;
+        if number + VECTORS_AHEAD < known && block.index == number % block.n_blocks {
+            prefetch_vectors(list.stage(number + VECTORS_AHEAD));
+        }
         // SAFETY: as above.
         unsafe {
             if stage.kind() == Kind::Attention as u32 {
@@ -271,10 +294,10 @@ macro_rules! define_kernels {
             /// - `arguments`: the stages, the step, the vectors
             ///
             /// # Thread mapping
-            /// One block on each multiprocessor, of `2^layout.log_warps` warps; how a stage is dealt out to them is its own
+            /// One block on each multiprocessor, of `layout.n_warps` warps; how a stage is dealt out to them is its own
             /// matter. Bytes moved: those of the matrices and of the cache, and every vector once for each block, from the
             /// L2 cache.
-            #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 1))]
+            #[kernel(suffix = $suffix, overlapping, launch_bounds(384, 1))]
             pub unsafe fn chain(arguments: Arguments) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
                 unsafe { run::<$X, $F, $heads>(arguments) }

@@ -152,18 +152,27 @@ unsafe fn load_input<X: Activations>(
         store(thread, look(thread), factors);
     }
     let mut round = block_dim;
-    while warp_word + round < n_words {
+    // Three are worked on while the next three are on their way.
+    let fetch = |round: u32| {
         let word = round + thread;
-        let (f0, f1, f2) = (factors(word), factors(word + block_dim), factors(word + 2 * block_dim));
-        let (w0, w1, w2) = (look(word), look(word + block_dim), look(word + 2 * block_dim));
-        store(word, w0, f0);
-        if warp_word + round + block_dim < n_words {
-            store(word + block_dim, w1, f1);
+        let words = [look(word), look(word + block_dim), look(word + 2 * block_dim)];
+        (words, [factors(word), factors(word + block_dim), factors(word + 2 * block_dim)])
+    };
+    if warp_word + round < n_words {
+        let mut fetched = fetch(round);
+        while warp_word + round < n_words {
+            let ([w0, w1, w2], [f0, f1, f2]) = fetched;
+            fetched = fetch(round + 3 * block_dim);
+            let word = round + thread;
+            store(word, w0, f0);
+            if warp_word + round + block_dim < n_words {
+                store(word + block_dim, w1, f1);
+            }
+            if warp_word + round + 2 * block_dim < n_words {
+                store(word + 2 * block_dim, w2, f2);
+            }
+            round += 3 * block_dim;
         }
-        if warp_word + round + 2 * block_dim < n_words {
-            store(word + 2 * block_dim, w2, f2);
-        }
-        round += 3 * block_dim;
     }
     square_sum
 }

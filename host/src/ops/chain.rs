@@ -53,7 +53,7 @@ pub struct ChainBuilder<'d> {
     device: &'d Device,
     is_exact: bool,
     n_blocks: usize,
-    log_warps: u32,
+    n_warps: u32,
     stages: Vec<Stage>,
     /// Words that the vectors take so far.
     n_words: usize,
@@ -70,17 +70,17 @@ impl<'d> ChainBuilder<'d> {
     /// A chain of no operations, on f32 or on Q8_1 activations, whose products have no more than `most_rows` rows.
     pub fn new(device: &'d Device, is_exact: bool, most_rows: usize) -> Self {
         let cores = device.multiprocessors() as usize;
-        let (n_blocks, log_warps) = if device.is_cuda() {
-            (cores, std::env::var("LOGW").map_or(kernel::MAX_WARPS.ilog2(), |v| v.parse().unwrap()))
+        let (n_blocks, n_warps) = if device.is_cuda() {
+            (cores, kernel::MAX_WARPS)
         } else {
             // The threads of a block take turns there: more of them only cost.
-            (most_rows.div_ceil(4).div_ceil(MOST_TURNS).next_multiple_of(cores), 2)
+            (most_rows.div_ceil(4).div_ceil(MOST_TURNS).next_multiple_of(cores), 4)
         };
         Self {
             device,
             is_exact,
             n_blocks,
-            log_warps,
+            n_warps,
             stages: Vec::new(),
             n_words: 0,
             stage_words: 0,
@@ -148,7 +148,7 @@ impl<'d> ChainBuilder<'d> {
             heads.split_sums = dim(self.vector(n_splits * n_head * 4).at)?;
         }
         self.heads_per_block = heads.heads_per_block as usize;
-        let n_warps = 1 << self.log_warps;
+        let n_warps = self.n_warps;
         let words = shared_words(n_warps, heads.heads_per_block, heads.head_dim);
         self.stage_words = self.stage_words.max(words.max(combine_words(32 * n_warps)) as usize);
         let stage = Stage {
@@ -352,10 +352,11 @@ impl<'d> ChainBuilder<'d> {
         let turns = self.stages.iter().map(turns).max().context("the chain has no operation")?;
         let stage_words = dim(self.stage_words.next_multiple_of(4))?;
         let least_ring = dim(2 * self.largest_tile / 4)?;
-        let layout = (0..=self.log_warps).rev().find_map(|log_warps| {
-            let mut layout = Layout { log_warps, stage_words, turns, tiles, ring_words: 0 };
+        let fewer = [12, 8, 4, 2, 1].into_iter().filter(|&n| n <= self.n_warps);
+        let layout = { fewer }.find_map(|n_warps| {
+            let mut layout = Layout { n_warps, stage_words, turns, tiles, ring_words: 0 };
             let free = (whole / 4).checked_sub(layout.places()[5])?;
-            layout.ring_words = (free >> log_warps) / 4 * 4;
+            layout.ring_words = free / n_warps / 4 * 4;
             if !self.device.is_cuda() {
                 // Copies ahead of their time only cost there.
                 layout.ring_words = layout.ring_words.min(least_ring);
@@ -372,7 +373,7 @@ impl<'d> ChainBuilder<'d> {
         })?;
         let mut stages = self.stages;
         for stage in stages.iter_mut().filter(|stage| stage.n_tiles > 0) {
-            let n_warps = 1 << layout.log_warps;
+            let n_warps = layout.n_warps;
             (stage.step_quads, stage.step_tiles) = (n_warps / stage.n_tiles, n_warps % stage.n_tiles);
         }
         let mut chain = Chain {
@@ -477,7 +478,7 @@ impl Chain {
             at_least("chain", "times", times, (operations.len() + 1) * self.n_blocks * 8)?;
             arguments.times = times.as_mut_ptr();
         }
-        let mut config = launch_1d(self.n_blocks, 32 << self.layout.log_warps)?;
+        let mut config = launch_1d(self.n_blocks, 32 * self.layout.n_warps as usize)?;
         config.dynamic_shared_bytes = 4 * self.layout.places()[5];
         if device.is_cuda() {
             // More than half of a multiprocessor's: its blocks are one on each.
