@@ -81,26 +81,6 @@ pub fn prefetch_l2(from: *const u8, bytes: u32) {
     }
 }
 
-/// Asks the L1 cache for the line at `from`, without waiting for it.
-#[inline(always)]
-pub fn prefetch_l1(from: *const u8) {
-    cfg_select! {
-        target_arch = "nvptx64" => {
-            // SAFETY: a hint.
-            unsafe {
-                core::arch::asm!(
-                    "prefetch.global.L1 [{from}];",
-                    from = in(reg64) from,
-                    options(nostack, preserves_flags),
-                );
-            }
-        }
-        _ => {
-            let _ = from;
-        }
-    }
-}
-
 /// Writes 16 bytes.
 ///
 /// # Safety

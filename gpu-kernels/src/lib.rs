@@ -15,7 +15,6 @@ pub mod ahead;
 pub mod argmax;
 pub mod attention;
 pub mod block;
-pub mod chain;
 pub mod embed;
 pub mod formats;
 pub mod gemv;
