@@ -6,7 +6,6 @@
 //! of values, and two such parts combine into one of both. Where several blocks share a context, each leaves its part
 //! in device memory, and the last one to come combines them (flash-decoding: Dao et al., 2023): none waits.
 
-use crate::ahead::Ahead;
 use crate::step::Step;
 use core::f32::consts::LOG2_E;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
@@ -80,8 +79,6 @@ pub struct Arguments {
     pub n_splits: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
-    /// What memory is to read meanwhile: attention itself leaves it idle.
-    pub ahead: Ahead,
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -133,7 +130,6 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
         let from = cache.wrapping_add(head_offset + (start * a.head_dim) as usize);
         prefetch_l2(from.cast(), (end - start) * a.head_dim * 2);
     }
-    a.ahead.prefetch();
     // Blocks that have nothing to do make room for the next kernel's; those that have wait, for all.
     if !is_active {
         return;

@@ -11,7 +11,6 @@
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
 
 pub mod activations;
-pub mod ahead;
 pub mod argmax;
 pub mod attention;
 pub mod block;

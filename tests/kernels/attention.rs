@@ -1,7 +1,6 @@
 //! Attention over the KV cache, and appending to it.
 
 use super::{Guarded, Random, assert_close, devices};
-use gpu_kernels::ahead::Ahead;
 use gpu_kernels::step::Step;
 use half::f16;
 use host::device::Device;
@@ -108,8 +107,7 @@ fn attention_matches_f64() {
                 for _ in 0..2 {
                     let mut out = Guarded::new(device, n_head * head_dim);
                     let (layer, buffer) = (&cache.layer, &mut out.buffer);
-                    ops::attention(device, &q, layer, &step, shape, &mut workspace, Ahead::NOTHING, buffer)
-                        .unwrap();
+                    ops::attention(device, &q, layer, &step, shape, &mut workspace, buffer).unwrap();
                     assert_close(&out.finish(device, &what), &expected, 2e-5, 0.5, &what);
                 }
             }
@@ -131,17 +129,7 @@ fn scores_far_apart_do_not_overflow() {
             let mut out = Guarded::new(device, head_dim);
             let shape = AttentionShape { n_head: 1, scale: 1.0 };
             let mut workspace = AttentionWorkspace::alloc(device, 1, 1, head_dim).unwrap();
-            ops::attention(
-                device,
-                &q,
-                &cache.layer,
-                &step,
-                shape,
-                &mut workspace,
-                Ahead::NOTHING,
-                &mut out.buffer,
-            )
-            .unwrap();
+            ops::attention(device, &q, &cache.layer, &step, shape, &mut workspace, &mut out.buffer).unwrap();
             // A score's rounding error, 1e-7 of up to 1e6, moves its weight by as many per cent.
             let what = format!("magnitude {magnitude}");
             assert_close(&out.finish(device, &what), &expected, 0.1, 1.0, &what);
@@ -188,8 +176,7 @@ fn head_sizes_that_kernels_cannot_take_are_refused() {
     let (q, mut out) = (device.alloc_from(&[0.0f32; 96]).unwrap(), device.alloc_from(&[0.0f32; 96]).unwrap());
     let shape = AttentionShape { n_head: 3, scale: 1.0 };
     let mut workspace = AttentionWorkspace::alloc(device, 2, 2, 32).unwrap();
-    let mut run =
-        |shape| ops::attention(device, &q, &layer, &step, shape, &mut workspace, Ahead::NOTHING, &mut out);
+    let mut run = |shape| ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out);
     let error = run(shape).unwrap_err().to_string();
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
     let error = AttentionWorkspace::alloc(device, 3, 2, 32).unwrap_err().to_string();

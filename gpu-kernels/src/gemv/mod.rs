@@ -71,8 +71,6 @@ pub struct Schedule {
     pub stages: u32,
     /// Words of shared memory for a tile.
     pub stage_words: u32,
-    /// Bytes beyond these that each warp asks the L2 cache for while it waits, a multiple of 16.
-    pub prefetched_bytes: u32,
 }
 
 impl Schedule {
@@ -223,11 +221,10 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
     share: Share,
     memory: DynamicShared<u32>,
     sums_at: u32,
-    warp: u32,
     slab: u32,
     n_units: u32,
 ) {
-    let lane = lane_id();
+    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
     let mut walk = share.walk(warp, slab);
     let mut sums = [0.0f32; TILE_ROWS];
     while walk.left > 0 {
@@ -291,7 +288,6 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     unsafe { stream.fill() };
 
     let_next_start();
-    stream.prefetch(schedule.prefetched_bytes);
     // Whose sums make up a quad takes divisions to know: found out now, by the thread that will need it.
     let mut turn = thread;
     while turn < deal.turns {
@@ -330,7 +326,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         sync_threads();
 
         // SAFETY: the caller's promise.
-        unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, warp, slab, n_units) };
+        unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
         if !X::IN_SLABS {
             break;
         }

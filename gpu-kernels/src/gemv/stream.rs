@@ -2,11 +2,9 @@
 
 use super::{MatrixRef, Schedule};
 use crate::formats::tile::SharedTile;
-use cuda_std::memory::prefetch_l2;
 use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::block_idx_x;
-use cuda_std::warp::lane_id;
 
 /// The matrices of a launch, one below the other, and which of their quads are this block's: neighbours, a *turn* each.
 #[derive(Clone, Copy)]
@@ -230,17 +228,6 @@ impl<const N: usize> Stream<N> {
         self.find_quad();
         // SAFETY: the caller's promise.
         unsafe { self.fill() };
-    }
-
-    /// Asks the L2 cache for `bytes` bytes beyond those that are on their way, as far as they are the warp's.
-    #[inline(always)]
-    pub fn prefetch(&self, bytes: u32) {
-        if lane_id() == 0 && self.walk.left > 0 && !self.in_slabs && bytes > 0 {
-            let quad = self.deal.quad(self.walk.turn);
-            let quads_left = self.deal.matrix(quad.part).n_quads - quad.number;
-            let tiles_left = self.walk.left.min(quads_left * self.share.n_tiles - self.walk.tile);
-            prefetch_l2(self.from, bytes.min(tiles_left * self.last_tile_bytes));
-        }
     }
 
     /// Looks up where the walk is.

@@ -12,7 +12,6 @@ use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{self, AttentionWorkspace, Input, KvLayer, Norm, Output, Q8_1Vector, QkvWeights};
 use anyhow::Result;
-use gpu_kernels::ahead::Ahead;
 use gpu_kernels::step::Step;
 
 /// The feed-forward network's scratch buffers.
@@ -139,11 +138,7 @@ pub fn layer(
     let x = input(activations, &b.x);
     ops::gemv_qkv(device, qkv(weights), x, Some(norm), rope, &b.rotation, &b.step, &mut b.q, cache)?;
     probe.after(Op::QRope, index, device, &b.q)?;
-    let ahead = match &weights.ffn_gate_up {
-        GateUp::Joined(matrix) => ops::swiglu_ahead(device, matrix, activations == Activations::F32)?,
-        GateUp::Apart { .. } => Ahead::NOTHING,
-    };
-    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, ahead, &mut b.heads)?;
+    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
     ops::gemv(device, &weights.attn_output, input(activations, &b.heads), None, Output::Add(&mut b.x))?;
     probe.after(Op::AttnOutput, index, device, &b.x)?;

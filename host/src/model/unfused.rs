@@ -9,7 +9,6 @@ use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{self, Input, KvLayer, Output, Q8_1Vector};
 use anyhow::Result;
-use gpu_kernels::ahead::Ahead;
 
 /// The buffers that only this pass needs.
 #[derive(Debug)]
@@ -68,7 +67,7 @@ pub(super) fn layer(
     probe.after(Op::KRope, index, device, &u.k)?;
     ops::kv_append(device, &u.k, &u.v, cache, &b.step)?;
     probe.after(Op::KvAppend, index, device, cache)?;
-    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, Ahead::NOTHING, &mut b.heads)?;
+    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
     let heads = input(device, activations, &b.heads, &mut u.heads_q8, probe, Op::AttentionQ8, index)?;
     ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x))?;

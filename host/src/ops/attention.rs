@@ -3,7 +3,6 @@
 use super::{KvLayer, Rope, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
-use gpu_kernels::ahead::Ahead;
 use gpu_kernels::attention::MAX_SPLITS;
 use gpu_kernels::step::Step;
 use gpu_kernels::{attention as attention_kernel, kv_cache, rope as rope_kernel};
@@ -143,8 +142,7 @@ fn deal_heads(n_head: usize, n_head_kv: usize) -> Result<(usize, usize)> {
     Ok((blocks, heads_per_kv.div_ceil(blocks)))
 }
 
-/// Attention of one query token, `[n_head, head_dim]`, over the cache's positions up to the step's. Meanwhile memory
-/// reads `ahead`, which must be on the device.
+/// Attention of one query token, `[n_head, head_dim]`, over the cache's positions up to the step's.
 ///
 /// # Errors
 /// When `n_head` is not a multiple of the cache's heads, a buffer is too short, the workspace is of another shape, or the
@@ -156,7 +154,6 @@ pub fn attention(
     step: &Buffer<Step>,
     shape: AttentionShape,
     workspace: &mut AttentionWorkspace,
-    ahead: Ahead,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
     let AttentionShape { n_head, scale } = shape;
@@ -185,7 +182,6 @@ pub fn attention(
         n_ctx: dim(cache.n_ctx)?,
         n_splits: dim(n_splits)?,
         scale,
-        ahead,
     };
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
     config.grid[1] = dim(n_rows)?;

@@ -6,7 +6,6 @@ use anyhow::{Context as _, Result, ensure};
 use cuda_std::launch::{Kernel, LaunchConfig};
 use cuda_std::pipeline::WarpCopies;
 use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
-use gpu_kernels::ahead::Ahead;
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::{TILE_ROWS, TILE_UNITS};
 use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
@@ -202,23 +201,6 @@ pub fn gemv_qkv(
     unsafe { device.launch(kernel, config, arguments) }
 }
 
-/// What [`gemv_swiglu`] reads of `weights` first, for a kernel some time before it to ask for.
-///
-/// # Errors
-/// As [`gemv_swiglu`].
-pub fn swiglu_ahead(device: &Device, weights: &Matrix, is_exact: bool) -> Result<Ahead> {
-    let (_, config) = schedule::<Swiglu>(device, &[weights], is_exact, Room::LessThanHalf)?;
-    let n_pieces = config.grid[0] as usize * config.block[0] as usize / 32;
-    let sixteens = |bytes: usize| dim(bytes / n_pieces / 16 * 16);
-    let ahead = std::env::var("AHEAD").map_or(AHEAD_BYTES, |v| v.parse::<usize>().unwrap() << 20);
-    Ok(Ahead {
-        from: weights.as_ref()?.tiles,
-        n_pieces: dim(n_pieces)?,
-        piece_bytes: sixteens(weights.n_bytes().min(ahead))?,
-        stride: sixteens(weights.n_bytes())?,
-    })
-}
-
 /// The input as a launch passes it.
 fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Result<KernelInput> {
     ensure!(
@@ -280,13 +262,6 @@ enum Room {
     MoreThanHalf,
 }
 
-/// Bytes of a matrix that the L2 cache is asked for ahead of time, beyond what is on its way to shared memory: what
-/// the memory delivers while a kernel waits for the one before and reads its vector.
-const PREFETCHED_BYTES: usize = 16 << 20;
-
-/// Likewise of gate and up, while queries, keys, values and attention are at work.
-const AHEAD_BYTES: usize = 24 << 20;
-
 /// What [`Room::MoreThanHalf`] has above the half.
 const ABOVE_HALF: usize = 6 << 10;
 
@@ -313,10 +288,7 @@ fn schedule<E: Epilogue>(
         Room::LessThanHalf => (0, half - ABOVE_HALF),
         Room::MoreThanHalf => (half + ABOVE_HALF, half + ABOVE_HALF),
     };
-    let prefetched_bytes =
-        std::env::var("PREF").map_or(PREFETCHED_BYTES, |v| v.parse::<usize>().unwrap() << 20);
     // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time.
-    let max_warps = std::env::var("WARPS").map_or(max_warps, |v| v.parse().unwrap());
     let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 2) };
 
     let try_fit =
@@ -331,7 +303,6 @@ fn schedule<E: Epilogue>(
                 slab_tiles: slab_tiles as u32,
                 stages: 0,
                 stage_words: stage_bytes as u32 / 4,
-                prefetched_bytes: (prefetched_bytes / (n_blocks * n_warps) / 16 * 16) as u32,
             };
             let fixed = 4 * schedule.shared_words(n_warps as u32, unit_words as u32, prepared_words) as usize;
             let ring = room.checked_sub(fixed)? / n_warps;
