@@ -97,7 +97,8 @@ fn every_path_reads_all_weights_once() {
                         attention.iter().map(|figures| figures.flops).collect::<Vec<_>>(),
                         [flops as u64]
                     );
-                    assert!(path.step_us > 0.0 && path.total.us > 0.0, "{what}");
+                    let times = (path.step_us, path.total.us);
+                    assert!(times.0 > 0.0 && times.1 > 0.0, "{what}: {times:?}");
                     assert_eq!(path.total.us_in_step.is_some(), path.name == "captured", "{what}");
                 }
             }

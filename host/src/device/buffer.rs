@@ -16,7 +16,7 @@ pub(super) enum Memory {
 }
 
 impl Memory {
-    fn address(&self) -> *mut u8 {
+    pub(super) fn address(&self) -> *mut u8 {
         match self {
             Memory::Cuda(memory) => memory.address(),
             Memory::Host(memory) => memory.address(),

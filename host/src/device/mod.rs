@@ -110,12 +110,19 @@ impl Device {
         let bytes = len.checked_mul(size_of::<T>());
         let bytes =
             bytes.ok_or_else(|| anyhow::anyhow!("a buffer of {len} values is too large to address"))?;
-        // Kernels read 16 bytes at a time, also where the last ones are not all wanted.
-        let bytes = bytes.next_multiple_of(16);
+        // Kernels read 16 bytes at a time, also where the last ones are not all wanted: those are 0.
+        let padded = bytes.next_multiple_of(16);
         let memory = match &self.0 {
-            Kind::Cuda(device) => Memory::Cuda(device.alloc(bytes)?),
-            Kind::Cpu(device) => Memory::Cpu(device.alloc(bytes)?),
+            Kind::Cuda(device) => Memory::Cuda(device.alloc(padded)?),
+            Kind::Cpu(device) => Memory::Cpu(device.alloc(padded)?),
         };
+        if bytes < padded {
+            let end = memory.address().wrapping_add(bytes);
+            match &self.0 {
+                Kind::Cuda(device) => device.zero(end, padded - bytes)?,
+                Kind::Cpu(device) => device.zero(end, padded - bytes)?,
+            }
+        }
         Ok(Buffer::new(memory, len))
     }
 
