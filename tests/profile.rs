@@ -66,6 +66,9 @@ fn profile(model: &mut Model, depth: usize) -> Profile {
 #[test]
 fn every_path_reads_all_weights_once() {
     for device in devices() {
+        // A GPU's stream of its own: what other tests issue on theirs is not to lie between this one's events.
+        let choice = if device.is_cuda() { DeviceChoice::Cuda } else { DeviceChoice::Cpu };
+        let device = &Device::open(choice).unwrap();
         for made_up in SHAPES.map(MadeUp::new) {
             for activations in [Activations::Q8_1, Activations::F32] {
                 let mut model = load(device, &made_up.gguf, activations, Fusion::Fused);
