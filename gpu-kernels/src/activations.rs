@@ -8,11 +8,12 @@
 //! like a tile's, and a lane reads the unit that meets its weights.
 
 use crate::formats::tile::TILE_UNITS;
-use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
+use crate::formats::{UNIT, UNIT_WORDS, WeightUnit};
 use bytemuck::{Pod, Zeroable};
 use cuda_std::float::{abs, div_approx, max, mul_add, round_ties_even};
 use cuda_std::shared::DynamicShared;
-use cuda_std::warp::{FULL_MASK, warp_reduce_max};
+use cuda_std::intrinsics::dp4a;
+use cuda_std::warp::{FULL_MASK, lane_id, warp_reduce_add, warp_reduce_max};
 
 /// Values in a Q8_1 block.
 pub const Q8_1_BLOCK: usize = UNIT;
@@ -31,13 +32,13 @@ pub struct Q8_1Scale {
     pub sum: i32,
 }
 
-/// Four values in Q8_1, with the factor of their block: what [`quantize`] gives each lane.
-#[derive(Clone, Copy, Debug)]
+/// Four values in Q8_1: what [`quantize`] gives each lane.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Quantized {
     /// The integers, lowest column in the lowest byte.
     pub word: u32,
-    /// Their block's factor.
-    pub d: f32,
+    /// What their block has besides.
+    pub scale: Q8_1Scale,
 }
 
 /// Q8_1 of 32 values that lie in eight neighbouring lanes, four each. All lanes of the warp take part.
@@ -48,7 +49,9 @@ pub fn quantize(values: [f32; VALUES_PER_THREAD]) -> Quantized {
     // Blocks of less than any number that matters are 0.
     let inverse = if amax > 1e-36 { div_approx(127.0, amax) } else { 0.0 };
     let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
-    Quantized { word: q0 | q1 << 8 | q2 << 16 | q3 << 24, d: amax * (1.0 / 127.0) }
+    let word = q0 | q1 << 8 | q2 << 16 | q3 << 24;
+    let sum = warp_reduce_add(FULL_MASK, dp4a(word as i32, 0x0101_0101, 0), LANES_PER_BLOCK);
+    Quantized { word, scale: Q8_1Scale { d: amax * (1.0 / 127.0), sum } }
 }
 
 /// A vector in shared memory that tiles of weights can be multiplied with.
@@ -74,8 +77,9 @@ pub trait Activations: Copy {
     fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit, sum: f32) -> f32;
 }
 
-/// Q8_1: for each tile planes of the units' first and second 16 integers, and one of their factors, 36 bytes a unit.
-/// The sums are made again from the integers: sooner than lanes could exchange them.
+/// Q8_1: for each tile the integers of its units, each lane's two words side by side (columns `4 * member` and
+/// `16 + 4 * member` and on of unit `group`), then for each unit its factor, and the factor times the sum of its
+/// integers: 40 bytes a unit. Units beyond the vector's end are zeros.
 #[derive(Clone, Copy, Debug)]
 pub struct Q8_1;
 
@@ -88,19 +92,43 @@ pub struct Q8_1Unit {
     pub d: f32,
     /// `d` times the sum of the integers.
     pub d_sum: f32,
-    /// The sums of the first and the second 16 integers.
-    pub sums: [i32; 2],
+}
+
+/// A lane's part of the units of a Q8_1 vector that meet a tile, for tensor cores.
+#[derive(Clone, Copy, Debug)]
+pub struct Q8_1Tile {
+    /// Of unit `lane / 4` the integers of columns `4 * member` and `16 + 4 * member` and on, with `member = lane % 4`.
+    pub quants: [u32; 2],
+    /// The factors of units `2 * member` and `2 * member + 1`.
+    pub d: [f32; 2],
+    /// These times the sums of the units' integers.
+    pub d_sum: [f32; 2],
 }
 
 impl Q8_1 {
     /// Stores a word of a block that is quantized already.
     #[inline(always)]
-    pub fn store_quantized(memory: DynamicShared<u32>, word: usize, quantized: Quantized) {
+    pub fn store_quantized(memory: DynamicShared<u32>, word: usize, Quantized { word: quants, scale }: Quantized) {
         let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
         let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-        memory.set(start + (part / 4 * TILE_UNITS + unit) * 4 + part % 4, quantized.word);
+        memory.set(start + unit * UNIT_WORDS + part % 4 * 2 + part / 4, quants);
         if part == 0 {
-            memory.set(start + UNIT_WORDS * TILE_UNITS + unit, quantized.d.to_bits());
+            let factors = start + TILE_UNITS * UNIT_WORDS + 2 * unit;
+            memory.set(factors, scale.d.to_bits());
+            memory.set(factors + 1, (scale.d * scale.sum as f32).to_bits());
+        }
+    }
+
+    /// Reads this lane's part of the units that meet tile `tile`.
+    #[inline(always)]
+    pub fn load_tile(memory: DynamicShared<u32>, tile: usize) -> Q8_1Tile {
+        let (start, lane) = (tile_start::<Self>(tile), lane_id() as usize);
+        let quants = memory.view::<u64>().get(start / 2 + lane);
+        let factors = memory.get4(start + TILE_UNITS * UNIT_WORDS + lane % 4 * 4).map(f32::from_bits);
+        Q8_1Tile {
+            quants: [quants as u32, (quants >> 32) as u32],
+            d: [factors[0], factors[2]],
+            d_sum: [factors[1], factors[3]],
         }
     }
 }
@@ -112,7 +140,7 @@ fn tile_start<X: Activations>(tile: usize) -> usize {
 }
 
 impl Activations for Q8_1 {
-    const UNIT_WORDS: usize = UNIT_WORDS + 1;
+    const UNIT_WORDS: usize = UNIT_WORDS + 2;
     const MAX_WARPS: u32 = 12;
     const IN_SLABS: bool = false;
     type Unit = Q8_1Unit;
@@ -128,11 +156,14 @@ impl Activations for Q8_1 {
     #[inline(always)]
     fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Q8_1Unit {
         let start = tile_start::<Self>(tile);
-        let (low, high) = (memory.get4(start + unit * 4), memory.get4(start + (TILE_UNITS + unit) * 4));
-        let quants = core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32);
-        let d = f32::from_bits(memory.get(start + UNIT_WORDS * TILE_UNITS + unit));
-        let sums = half_sums(quants);
-        Q8_1Unit { quants, d, d_sum: d * (sums[0] + sums[1]) as f32, sums }
+        let [q0, q4, q1, q5] = memory.get4(start + unit * UNIT_WORDS);
+        let [q2, q6, q3, q7] = memory.get4(start + unit * UNIT_WORDS + 4);
+        let factors = start + TILE_UNITS * UNIT_WORDS + 2 * unit;
+        Q8_1Unit {
+            quants: [q0, q1, q2, q3, q4, q5, q6, q7].map(|word| word as i32),
+            d: f32::from_bits(memory.get(factors)),
+            d_sum: f32::from_bits(memory.get(factors + 1)),
+        }
     }
 
     #[inline(always)]

@@ -2,10 +2,8 @@
 //! themselves.
 
 use crate::activations::{LANES_PER_BLOCK, Q8_1_BLOCK, Q8_1Scale, VALUES_PER_THREAD, quantize};
-use cuda_std::intrinsics::dp4a;
 use cuda_std::kernel;
 use cuda_std::thread::index_1d;
-use cuda_std::warp::{FULL_MASK, warp_reduce_add};
 
 /// Threads in a block.
 pub const BLOCK_DIM: usize = 128;
@@ -33,14 +31,12 @@ pub unsafe fn quantize_q8_1(x: *const f32, quants: *mut u32, scales: *mut Q8_1Sc
         if column < n { unsafe { *x.add(column) } } else { 0.0 }
     });
     let quantized = quantize(values);
-    let sum = warp_reduce_add(FULL_MASK, dp4a(quantized.word as i32, 0x0101_0101, 0), LANES_PER_BLOCK);
     if VALUES_PER_THREAD * word < n.next_multiple_of(Q8_1_BLOCK) {
         // SAFETY: the word and its block are inside the padded output, and each is written by one thread.
         unsafe {
             *quants.add(word) = quantized.word;
             if word.is_multiple_of(LANES_PER_BLOCK as usize) {
-                let scale = Q8_1Scale { d: quantized.d, sum };
-                *scales.add(word / LANES_PER_BLOCK as usize) = scale;
+                *scales.add(word / LANES_PER_BLOCK as usize) = quantized.scale;
             }
         }
     }

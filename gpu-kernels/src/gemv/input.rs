@@ -2,6 +2,7 @@
 
 use super::MAX_WARPS;
 use crate::activations::{Activations, Q8_1, Q8_1Scale, Quantized, VALUES_PER_THREAD};
+use crate::formats::tile::TILE_UNITS;
 use crate::formats::{UNIT, UNIT_WORDS};
 use cuda_std::float::mul_add;
 use cuda_std::memory::ld_global_u32x4;
@@ -42,33 +43,40 @@ impl Input {
         !self.gamma.is_null()
     }
 
-    /// Puts units `first_unit` to `first_unit + n_units` into shared memory; all threads of the block take part. Gives
-    /// the sum of the squares of what this thread has read where it normalises.
+    /// Puts the units that meet tiles `first_tile` to `first_tile + n_tiles` into shared memory, zeros beyond the
+    /// vector's end; all threads of the block take part. Gives the sum of the squares of what this thread has read where
+    /// it normalises.
     ///
     /// RMSNorm (Zhang and Sennrich, 2019) is `x * gamma / sqrt(mean(x^2) + eps)`. Here `x * gamma` is stored; the
     /// products get the common factor at the end, so that nothing waits for the sum. Q8_1 of `x * gamma` has the
     /// integers that Q8_1 of the normalised vector has.
     ///
     /// # Safety
-    /// The vector must be as the fields say, in device memory, and the units inside it; the shared memory must have
-    /// room from its start on; with `may_normalise` unset, nothing is to be normalised.
+    /// The vector must be as the fields say, in device memory, and the tiles' first units inside it; the shared memory
+    /// must have room from its start on; with `may_normalise` unset, nothing is to be normalised.
     #[inline(always)]
     pub unsafe fn load<X: Activations>(
         &self,
         memory: DynamicShared<u32>,
-        first_unit: u32,
-        n_units: u32,
+        first_tile: u32,
+        n_tiles: u32,
         may_normalise: bool,
     ) -> f32 {
+        const TILE_WORDS: u32 = (TILE_UNITS * UNIT_WORDS) as u32;
         let (thread, block_dim) = (thread_idx_x(), block_dim_x());
-        let (first_word, n_words) = (first_unit * UNIT_WORDS as u32, n_units * UNIT_WORDS as u32);
+        let (first_word, n_words) = (first_tile * TILE_WORDS, n_tiles * TILE_WORDS);
         if self.values.is_null() {
             let mut word = thread;
             while word < n_words {
-                // SAFETY: the word and its block are inside the vector.
-                let quantized = unsafe {
-                    let scale = *self.scales.add(((first_word + word) / UNIT_WORDS as u32) as usize);
-                    Quantized { word: *self.quants.add((first_word + word) as usize), d: scale.d }
+                let of_vector = first_word + word;
+                let quantized = if of_vector < self.n_units() * UNIT_WORDS as u32 {
+                    // SAFETY: the word and its block are inside the vector.
+                    unsafe {
+                        let scale = *self.scales.add((of_vector / UNIT_WORDS as u32) as usize);
+                        Quantized { word: *self.quants.add(of_vector as usize), scale }
+                    }
+                } else {
+                    Quantized::default()
                 };
                 Q8_1::store_quantized(memory, word as usize, quantized);
                 word += block_dim;
