@@ -121,6 +121,116 @@ pub unsafe fn atomic_cas_u32(pointer: *mut u32, expected: u32, value: u32) -> u3
     }
 }
 
+/// Reads four words that other threads may be writing, each whole by itself; says nothing about other memory.
+///
+/// # Safety
+/// `pointer` is to device memory, at a multiple of 16.
+#[inline(always)]
+pub unsafe fn load_relaxed_u32x4(pointer: *const [u32; 4]) -> [u32; 4] {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let (a, b, c, d);
+            // SAFETY: the caller vouches for the memory.
+            unsafe {
+                core::arch::asm!(
+                    "ld.relaxed.gpu.global.v4.u32 {{{a}, {b}, {c}, {d}}}, [{pointer}];",
+                    a = out(reg32) a,
+                    b = out(reg32) b,
+                    c = out(reg32) c,
+                    d = out(reg32) d,
+                    pointer = in(reg64) pointer,
+                    options(nostack, preserves_flags),
+                );
+            }
+            [a, b, c, d]
+        }
+        _ => core::array::from_fn(|i| {
+            // SAFETY: the caller vouches for the memory.
+            unsafe { AtomicU32::from_ptr(pointer.cast::<u32>().cast_mut().add(i)) }.load(Ordering::Relaxed)
+        }),
+    }
+}
+
+/// Reads two words that other threads may be writing, each whole by itself; says nothing about other memory.
+///
+/// # Safety
+/// `pointer` is to device memory, at a multiple of 8.
+#[inline(always)]
+pub unsafe fn load_relaxed_u32x2(pointer: *const [u32; 2]) -> [u32; 2] {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let (a, b);
+            // SAFETY: the caller vouches for the memory.
+            unsafe {
+                core::arch::asm!(
+                    "ld.relaxed.gpu.global.v2.u32 {{{a}, {b}}}, [{pointer}];",
+                    a = out(reg32) a,
+                    b = out(reg32) b,
+                    pointer = in(reg64) pointer,
+                    options(nostack, preserves_flags),
+                );
+            }
+            [a, b]
+        }
+        _ => core::array::from_fn(|i| {
+            // SAFETY: the caller vouches for the memory.
+            unsafe { AtomicU32::from_ptr(pointer.cast::<u32>().cast_mut().add(i)) }.load(Ordering::Relaxed)
+        }),
+    }
+}
+
+/// Sets four words that other threads may be reading, each whole by itself; says nothing about other memory.
+///
+/// # Safety
+/// `pointer` is to device memory, at a multiple of 16.
+#[inline(always)]
+pub unsafe fn store_relaxed_u32x4(pointer: *mut [u32; 4], value: [u32; 4]) {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let [a, b, c, d] = value;
+            // SAFETY: the caller vouches for the memory.
+            unsafe {
+                core::arch::asm!(
+                    "st.relaxed.gpu.global.v4.u32 [{pointer}], {{{a}, {b}, {c}, {d}}};",
+                    pointer = in(reg64) pointer,
+                    a = in(reg32) a,
+                    b = in(reg32) b,
+                    c = in(reg32) c,
+                    d = in(reg32) d,
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+        _ => for (i, word) in value.into_iter().enumerate() {
+            // SAFETY: the caller vouches for the memory.
+            unsafe { AtomicU32::from_ptr(pointer.cast::<u32>().add(i)) }.store(word, Ordering::Relaxed);
+        },
+    }
+}
+
+/// Sets a word that other threads may be reading; says nothing about other memory.
+///
+/// # Safety
+/// `pointer` is to device memory, aligned to four bytes.
+#[inline(always)]
+pub unsafe fn store_relaxed_u32(pointer: *mut u32, value: u32) {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            // SAFETY: the caller vouches for the memory.
+            unsafe {
+                core::arch::asm!(
+                    "st.relaxed.gpu.global.u32 [{pointer}], {value};",
+                    pointer = in(reg64) pointer,
+                    value = in(reg32) value,
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+        // SAFETY: the caller vouches for the memory.
+        _ => unsafe { AtomicU32::from_ptr(pointer) }.store(value, Ordering::Relaxed),
+    }
+}
+
 /// Reads `*pointer`; what the thread that stored the value with [`store_release_u32`] wrote before is then visible.
 ///
 /// # Safety
