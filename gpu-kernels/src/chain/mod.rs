@@ -210,11 +210,7 @@ unsafe fn run<D: Dots, const HEADS: usize>(a: Arguments) {
     // SAFETY: the step was written before the kernels of the step started.
     let step = unsafe { *a.step };
     let mut feed = Feed::new(queue, list, a.first, warp, n_warps, step.position);
-    // SAFETY: the stages are as they say.
-    unsafe { feed.pump(a.end.min(a.first + LIST_SLOTS - 2)) };
-
     let_next_start();
-    wait_for_previous();
     let mut block = Block {
         index: block_idx_x(),
         n_blocks: grid_dim_x(),
@@ -243,6 +239,12 @@ unsafe fn run<D: Dots, const HEADS: usize>(a: Arguments) {
             block.fetched = unsafe { list.fetch(number + LIST_SLOTS - 2, thread) };
         }
         block.fetched_number = number + LIST_SLOTS - 2;
+        // Also where nothing has been worked on: what the next stage needs must be on its way.
+        // SAFETY: as above.
+        unsafe { feed.pump(known) };
+        if number == a.first {
+            wait_for_previous();
+        }
         if number + VECTORS_AHEAD < known && block.index == number % block.n_blocks {
             prefetch_vectors(list.stage(number + VECTORS_AHEAD));
         }
