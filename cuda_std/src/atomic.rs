@@ -151,34 +151,6 @@ pub unsafe fn load_relaxed_u32x4(pointer: *const [u32; 4]) -> [u32; 4] {
     }
 }
 
-/// Reads two words that other threads may be writing, each whole by itself; says nothing about other memory.
-///
-/// # Safety
-/// `pointer` is to device memory, at a multiple of 8.
-#[inline(always)]
-pub unsafe fn load_relaxed_u32x2(pointer: *const [u32; 2]) -> [u32; 2] {
-    cfg_select! {
-        target_arch = "nvptx64" => {
-            let (a, b);
-            // SAFETY: the caller vouches for the memory.
-            unsafe {
-                core::arch::asm!(
-                    "ld.relaxed.gpu.global.v2.u32 {{{a}, {b}}}, [{pointer}];",
-                    a = out(reg32) a,
-                    b = out(reg32) b,
-                    pointer = in(reg64) pointer,
-                    options(nostack, preserves_flags),
-                );
-            }
-            [a, b]
-        }
-        _ => core::array::from_fn(|i| {
-            // SAFETY: the caller vouches for the memory.
-            unsafe { AtomicU32::from_ptr(pointer.cast::<u32>().cast_mut().add(i)) }.load(Ordering::Relaxed)
-        }),
-    }
-}
-
 /// Sets four words that other threads may be reading, each whole by itself; says nothing about other memory.
 ///
 /// # Safety

@@ -33,7 +33,6 @@ pub mod intrinsics;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod launch;
 pub mod memory;
-pub mod copy_queue;
 pub mod pipeline;
 pub mod shared;
 pub mod tensor;

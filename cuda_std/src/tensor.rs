@@ -13,14 +13,15 @@ pub const UNITS: usize = 8;
 
 /// Sixteen rows of bytes times a vector, in eight units of 32 columns that are summed up apart from each other.
 ///
-/// - `rows[u]`: of unit `u`, four words of four bytes, as the first operand of `mma.m16n8k32` has them: of row `group`
-///   columns `4 * member` and on, of row `group + 8` the same, and of both rows columns `16 + 4 * member` and on
-/// - `x`: of unit `group` of the vector, signed bytes: columns `4 * member` and on, and `16 + 4 * member` and on
+/// - `rows[u]`: of unit `u`, four words of four bytes: of row `group` columns `8 * member` and on, of row `group + 8` the
+///   same, and of both rows columns `8 * member + 4` and on
+/// - `x`: of unit `group` of the vector, signed bytes: columns `8 * member` and on, and `8 * member + 4` and on
 /// - gives the sums of row `group` for units `2 * member` and `2 * member + 1`, then those of row `group + 8`
 ///
 /// On a GPU (from compute capability 8.0 on) this is eight products of 16 x 32 by 32 x 8 which share one result: the
 /// second matrix of unit `u` has the vector in column `u` and zeros elsewhere. So every element of the result counts,
-/// and each lane holds as much of the vector as it needs for all rows.
+/// and each lane holds as much of the vector as it needs for all rows. (`mma.m16n8k32` counts the columns otherwise, the
+/// same way for both operands: the order in which they are added up does not matter.)
 #[inline(always)]
 pub fn mma_units<B: Byte>(rows: [[u32; 4]; UNITS], x: [u32; 2]) -> [i32; 4] {
     cfg_select! {
@@ -44,14 +45,15 @@ pub fn mma_units<B: Byte>(rows: [[u32; 4]; UNITS], x: [u32; 2]) -> [i32; 4] {
 pub fn mma_half_units<B: Byte>(rows: [[u32; 4]; UNITS], x: [u32; 2]) -> [[i32; 4]; 2] {
     cfg_select! {
         target_arch = "nvptx64" => {
-            let group = lane_id() as usize / 4;
+            let lane = lane_id() as usize;
+            // The first half is that of two members of each group.
+            let (group, is_first) = (lane / 4, lane % 4 < 2);
             let (mut first, mut second) = ([0; 4], [0; 4]);
             let mut unit = 0;
             while unit < UNITS {
-                let [x0, x1] = if group == unit { x } else { [0; 2] };
-                let [a0, a1, a2, a3] = rows[unit];
-                first = B::mma_k16([a0, a1], x0, first);
-                second = B::mma_k16([a2, a3], x1, second);
+                let column = |is_mine: bool| if is_mine && group == unit { x } else { [0; 2] };
+                first = B::mma_k32(rows[unit], column(is_first), first);
+                second = B::mma_k32(rows[unit], column(!is_first), second);
                 unit += 1;
             }
             [first, second]
@@ -70,10 +72,6 @@ pub trait Byte: Copy + 'static {
     #[cfg(target_arch = "nvptx64")]
     #[doc(hidden)]
     fn mma_k32(a: [u32; 4], b: [u32; 2], c: [i32; 4]) -> [i32; 4];
-
-    #[cfg(target_arch = "nvptx64")]
-    #[doc(hidden)]
-    fn mma_k16(a: [u32; 2], b: u32, c: [i32; 4]) -> [i32; 4];
 }
 
 macro_rules! byte {
@@ -100,27 +98,6 @@ macro_rules! byte {
                         d0 = out(reg32) d0, d1 = out(reg32) d1, d2 = out(reg32) d2, d3 = out(reg32) d3,
                         a0 = in(reg32) a[0], a1 = in(reg32) a[1], a2 = in(reg32) a[2], a3 = in(reg32) a[3],
                         b0 = in(reg32) b[0], b1 = in(reg32) b[1],
-                        c0 = in(reg32) c[0], c1 = in(reg32) c[1], c2 = in(reg32) c[2], c3 = in(reg32) c[3],
-                        options(nomem, nostack, preserves_flags),
-                    );
-                }
-                [d0, d1, d2, d3]
-            }
-
-            #[cfg(target_arch = "nvptx64")]
-            #[inline(always)]
-            fn mma_k16(a: [u32; 2], b: u32, c: [i32; 4]) -> [i32; 4] {
-                let (d0, d1, d2, d3);
-                // SAFETY: as above.
-                unsafe {
-                    core::arch::asm!(
-                        concat!(
-                            "mma.sync.aligned.m16n8k16.row.col.s32.", $name, ".s8.s32 ",
-                            "{{{d0}, {d1}, {d2}, {d3}}}, {{{a0}, {a1}}}, {{{b}}}, {{{c0}, {c1}, {c2}, {c3}}};",
-                        ),
-                        d0 = out(reg32) d0, d1 = out(reg32) d1, d2 = out(reg32) d2, d3 = out(reg32) d3,
-                        a0 = in(reg32) a[0], a1 = in(reg32) a[1],
-                        b = in(reg32) b,
                         c0 = in(reg32) c[0], c1 = in(reg32) c[1], c2 = in(reg32) c[2], c3 = in(reg32) c[3],
                         options(nomem, nostack, preserves_flags),
                     );
@@ -179,14 +156,14 @@ mod emulated {
         for unit in 0..UNITS {
             let mut x = [0i16; COLUMNS];
             for word in 0..8 {
-                let bytes = operands[4 * unit + word % 4].x[word / 4].to_le_bytes();
+                let bytes = operands[4 * unit + word / 2].x[word % 2].to_le_bytes();
                 x[4 * word..][..4].copy_from_slice(&bytes.map(|byte| i16::from(byte as i8)));
             }
             for row in 0..16 {
                 let mut a = [0i16; COLUMNS];
                 for word in 0..8 {
-                    let operand = &operands[row % 8 * 4 + word % 4];
-                    let bytes = operand.rows[unit][word / 4 * 2 + row / 8].to_le_bytes();
+                    let operand = &operands[row % 8 * 4 + word / 2];
+                    let bytes = operand.rows[unit][word % 2 * 2 + row / 8].to_le_bytes();
                     a[4 * word..][..4].copy_from_slice(&bytes.map(B::widen));
                 }
                 let dot = |half: usize| -> i32 {

@@ -17,10 +17,10 @@ use cuda_std::warp::{FULL_MASK, lane_id, warp_reduce_add, warp_reduce_max};
 
 /// Values in a Q8_1 block.
 pub const Q8_1_BLOCK: usize = UNIT;
-/// Values that a thread quantizes: one word of integers.
-pub const VALUES_PER_THREAD: usize = 4;
+/// Values that a thread quantizes, an *octet*: two words of integers.
+pub const OCTET: usize = 8;
 /// Neighbouring lanes that share a Q8_1 block.
-pub const LANES_PER_BLOCK: u32 = (Q8_1_BLOCK / VALUES_PER_THREAD) as u32;
+pub const LANES_PER_BLOCK: u32 = (Q8_1_BLOCK / OCTET) as u32;
 
 /// What a Q8_1 block holds besides its integers.
 #[repr(C, align(8))]
@@ -32,26 +32,31 @@ pub struct Q8_1Scale {
     pub sum: i32,
 }
 
-/// Four values in Q8_1: what [`quantize`] gives each lane.
+/// Eight values in Q8_1: what [`quantize`] gives each lane.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Quantized {
     /// The integers, lowest column in the lowest byte.
-    pub word: u32,
+    pub words: [u32; 2],
     /// What their block has besides.
     pub scale: Q8_1Scale,
 }
 
-/// Q8_1 of 32 values that lie in eight neighbouring lanes, four each. All lanes of the warp take part.
+/// Q8_1 of 32 values that lie in four neighbouring lanes, eight each. All lanes of the warp take part.
 #[inline(always)]
-pub fn quantize(values: [f32; VALUES_PER_THREAD]) -> Quantized {
-    let amax = values.iter().fold(0.0, |amax, &value| max(amax, abs(value)));
-    let amax = warp_reduce_max(FULL_MASK, amax, LANES_PER_BLOCK);
+pub fn quantize([a, b, c, d, e, f, g, h]: [f32; OCTET]) -> Quantized {
+    let of_4 = |a: f32, b: f32, c: f32, d: f32| max(max(abs(a), abs(b)), max(abs(c), abs(d)));
+    let amax = warp_reduce_max(FULL_MASK, max(of_4(a, b, c, d), of_4(e, f, g, h)), LANES_PER_BLOCK);
     // Blocks of less than any number that matters are 0.
     let inverse = if amax > 1e-36 { div_approx(127.0, amax) } else { 0.0 };
-    let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
-    let word = q0 | q1 << 8 | q2 << 16 | q3 << 24;
-    let sum = warp_reduce_add(FULL_MASK, dp4a(word as i32, 0x0101_0101, 0), LANES_PER_BLOCK);
-    Quantized { word, scale: Q8_1Scale { d: amax * (1.0 / 127.0), sum } }
+    let word = |values: [f32; 4]| {
+        let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
+        q0 | q1 << 8 | q2 << 16 | q3 << 24
+    };
+    let words = [word([a, b, c, d]), word([e, f, g, h])];
+    const ONES: i32 = 0x0101_0101;
+    let sum = dp4a(words[0] as i32, ONES, dp4a(words[1] as i32, ONES, 0));
+    let sum = warp_reduce_add(FULL_MASK, sum, LANES_PER_BLOCK);
+    Quantized { words, scale: Q8_1Scale { d: amax * (1.0 / 127.0), sum } }
 }
 
 /// A vector in shared memory that tiles of weights can be multiplied with.
@@ -68,9 +73,9 @@ pub trait Activations: Copy {
     /// What a lane holds of it for one unit of weights.
     type Unit: Copy;
 
-    /// Stores four values, `word` counting them from the start of the vector; all lanes of the warp take part, those
-    /// beyond the vector with `word >= n_words` and zeros.
-    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]);
+    /// Stores eight values, `octet` counting them from the start of the vector; all lanes of the warp take part, those
+    /// beyond the vector with `octet >= n_octets`.
+    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]);
 
     /// Reads unit `unit` of those that meet tile `tile`.
     fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Self::Unit;
@@ -79,8 +84,7 @@ pub trait Activations: Copy {
     fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit, sum: f32) -> f32;
 }
 
-/// Q8_1: for each tile the integers of its units, each lane's two words side by side (columns `4 * member` and
-/// `16 + 4 * member` and on of unit `group`), then for each unit its factor, and the factor times the sum of its
+/// Q8_1: for each tile the integers of its units, then for each unit its factor, and the factor times the sum of its
 /// integers: 40 bytes a unit. Units beyond the vector's end are zeros.
 #[derive(Clone, Copy, Debug)]
 pub struct Q8_1;
@@ -99,7 +103,7 @@ pub struct Q8_1Unit {
 /// A lane's part of the units of a Q8_1 vector that meet a tile, for tensor cores.
 #[derive(Clone, Copy, Debug)]
 pub struct Q8_1Tile {
-    /// Of unit `lane / 4` the integers of columns `4 * member` and `16 + 4 * member` and on, with `member = lane % 4`.
+    /// Of unit `lane / 4` the integers of columns `8 * member` and on, with `member = lane % 4`.
     pub quants: [u32; 2],
     /// The factors of units `2 * member` and `2 * member + 1`.
     pub d: [f32; 2],
@@ -108,16 +112,18 @@ pub struct Q8_1Tile {
 }
 
 impl Q8_1 {
-    /// Stores a word of a block that is quantized already.
+    /// Stores eight values that are quantized already.
     #[inline(always)]
-    pub fn store_quantized(memory: DynamicShared<u32>, word: usize, Quantized { word: quants, scale }: Quantized) {
-        let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
+    pub fn store_quantized(memory: DynamicShared<u32>, octet: usize, Quantized { words, scale }: Quantized) {
+        const PARTS: usize = UNIT / OCTET;
+        let (unit, part) = (octet / PARTS, octet % PARTS);
         let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-        memory.set(start + unit * UNIT_WORDS + part % 4 * 2 + part / 4, quants);
+        let both = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let memory = memory.view::<u64>();
+        memory.set(start / 2 + unit * PARTS + part, both(words[0], words[1]));
         if part == 0 {
-            let factors = start + TILE_UNITS * UNIT_WORDS + 2 * unit;
-            memory.set(factors, scale.d.to_bits());
-            memory.set(factors + 1, (scale.d * scale.sum as f32).to_bits());
+            let d_sum = scale.d * scale.sum as f32;
+            memory.set(start / 2 + TILE_UNITS * PARTS + unit, both(scale.d.to_bits(), d_sum.to_bits()));
         }
     }
 
@@ -149,18 +155,18 @@ impl Activations for Q8_1 {
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
+    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
         let quantized = quantize(values);
-        if word < n_words {
-            Self::store_quantized(memory, word, quantized);
+        if octet < n_octets {
+            Self::store_quantized(memory, octet, quantized);
         }
     }
 
     #[inline(always)]
     fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Q8_1Unit {
         let start = tile_start::<Self>(tile);
-        let [q0, q4, q1, q5] = memory.get4(start + unit * UNIT_WORDS);
-        let [q2, q6, q3, q7] = memory.get4(start + unit * UNIT_WORDS + 4);
+        let [q0, q1, q2, q3] = memory.get4(start + unit * UNIT_WORDS);
+        let [q4, q5, q6, q7] = memory.get4(start + unit * UNIT_WORDS + 4);
         let factors = start + TILE_UNITS * UNIT_WORDS + 2 * unit;
         Q8_1Unit {
             quants: [q0, q1, q2, q3, q4, q5, q6, q7].map(|word| word as i32),
@@ -195,11 +201,14 @@ impl Activations for F32Vector {
     type Unit = F32Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
-        if word < n_words {
-            let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
+    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
+        const PARTS: usize = UNIT / OCTET;
+        if octet < n_octets {
+            let (unit, part) = (octet / PARTS, octet % PARTS);
             let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-            memory.set4(start + (part * TILE_UNITS + unit) * 4, values.map(f32::to_bits));
+            let [a, b, c, d, e, f, g, h] = values.map(f32::to_bits);
+            memory.set4(start + (2 * part * TILE_UNITS + unit) * 4, [a, b, c, d]);
+            memory.set4(start + ((2 * part + 1) * TILE_UNITS + unit) * 4, [e, f, g, h]);
         }
     }
 

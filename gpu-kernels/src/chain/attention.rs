@@ -34,9 +34,6 @@ const _: () = assert!(MAX_SPLITS <= SPLIT_POSITIONS as usize);
 const DIMS: usize = 8;
 /// What no score is below; finite, so that differences are numbers.
 const LOWEST: f32 = -1e30;
-/// Positions whose keys and values a warp takes at a time.
-pub const CHUNK: u32 = 8;
-
 /// Words of shared memory for `n_warps` warps and `heads` query heads of `head_dim` values: each warp's values, largest
 /// scores and sums, and both of the last over all warps.
 pub const fn shared_words(n_warps: u32, heads: u32, head_dim: u32) -> u32 {
@@ -233,16 +230,16 @@ unsafe fn attend<const HEADS: usize>(
     block.mark(1);
     // The step's own key and value are not in the cache: they come after the warps' pieces, as if they were one more.
     let n_cached = item.n_cached(block.position);
-    let n_chunks = n_cached.div_ceil(CHUNK);
+    let n_chunks = n_cached.div_ceil(heads.chunk());
     let has_own = item.end > block.position && n_chunks % n_warps == warp;
     let mut state = State { largest: [LOWEST; HEADS], sum: [0.0; HEADS], value: [[0.0; DIMS]; HEADS] };
     let mut chunk = warp;
     while chunk < n_chunks + u32::from(has_own) {
         let is_own = chunk == n_chunks;
-        let n_rows = if is_own { 1 } else { (n_cached - chunk * CHUNK).min(CHUNK) };
-        let (words, mut own, mut at) = (n_rows * head_dim, [[0; 4]; 2], 0);
+        let n_rows = if is_own { 1 } else { (n_cached - chunk * heads.chunk()).min(heads.chunk()) };
+        let (mut own, mut at) = ([[0; 4]; 2], 0);
         if !is_own {
-            at = feed.queue.front(words) + first_dim / 2;
+            at = feed.front() + first_dim / 2;
         } else if has_dims && group == 0 {
             let (n_q, n_kv) = (heads.n_head() * head_dim, heads.n_head_kv() * head_dim);
             // SAFETY: the key-value head is one of the step's.
@@ -271,9 +268,8 @@ unsafe fn attend<const HEADS: usize>(
         if !is_own {
             // All lanes meet here after their last read of the piece: its place is free.
             sync_warp(FULL_MASK);
-            feed.queue.pop(words);
             // SAFETY: the stages are as they say.
-            unsafe { feed.pump(known) };
+            unsafe { feed.pop(known) };
         }
         chunk += n_warps;
     }

@@ -2,16 +2,17 @@
 //! and values.
 
 use super::List;
-use super::attention::{CHUNK, Item, n_items};
+use super::attention::{Item, n_items};
 use super::stage::{Kind, StageRef};
-use cuda_std::copy_queue::CopyQueue;
+use cuda_std::pipeline::WarpCopies;
 use cuda_std::thread::{block_idx_x, grid_dim_x};
 
 /// The copies of a warp's pieces, which run ahead of its work as far as the ring has room: through the ends of stages,
 /// since weights depend on nothing, and keys and values only on earlier steps.
 pub(super) struct Feed {
-    /// The pieces that are on their way or have come.
-    pub(super) queue: CopyQueue,
+    /// The ring, and how many of its places have no piece.
+    copies: WarpCopies,
+    n_free: u32,
     list: List,
     warp: u32,
     n_warps: u32,
@@ -36,14 +37,18 @@ pub(super) struct Feed {
     n_items: u32,
     row_bytes: u32,
     positions: u32,
+    /// How far the warp's pieces are apart, in positions, and how many a piece has.
+    step: u32,
+    chunk: u32,
 }
 
 impl Feed {
     /// Starts with stage `first`; nothing is under way yet.
     #[inline(always)]
-    pub(super) fn new(queue: CopyQueue, list: List, first: u32, warp: u32, n_warps: u32, position: u32) -> Self {
+    pub(super) fn new(copies: WarpCopies, list: List, first: u32, warp: u32, n_warps: u32, position: u32) -> Self {
         Self {
-            queue,
+            copies,
+            n_free: copies.stages(),
             list,
             warp,
             n_warps,
@@ -64,16 +69,18 @@ impl Feed {
             n_items: 0,
             row_bytes: 0,
             positions: 0,
+            step: 0,
+            chunk: 0,
         }
     }
 
-    /// Starts as many copies as there is room for, of stages before `end`, which the list must hold.
+    /// Starts as many copies as there are places free, of stages before `end`, which the list must hold.
     ///
     /// # Safety
     /// The stages must be as they say.
     #[inline(always)]
     pub(super) unsafe fn pump(&mut self, end: u32) {
-        loop {
+        while self.n_free > 0 {
             while self.left == 0 {
                 if self.item < self.n_items {
                     self.begin_item(self.list.stage(self.at));
@@ -86,23 +93,42 @@ impl Feed {
                 self.at = next;
                 self.begin(self.list.stage(next));
             }
-            let words = if self.second.is_null() { self.bytes / 4 } else { self.bytes / 2 };
-            if !self.queue.has_room(words) {
-                return;
+            // SAFETY: the piece is inside the matrix or the cache, and a place is free.
+            unsafe {
+                self.copies.start(self.copies.stages() - self.n_free, self.from, self.second, self.bytes);
             }
-            // SAFETY: the piece is inside the matrix or the cache, and there is room for it.
-            unsafe { self.queue.push(self.from, self.second, self.bytes) };
+            self.n_free -= 1;
             self.left -= 1;
             if self.second.is_null() {
                 self.next_tile();
             } else {
-                let skipped = self.n_warps * CHUNK * self.row_bytes;
-                self.from = self.from.wrapping_add(skipped as usize);
-                self.second = self.second.wrapping_add(skipped as usize);
-                self.positions = self.positions.saturating_sub(self.n_warps * CHUNK);
-                self.bytes = self.positions.min(CHUNK) * self.row_bytes;
+                let skipped = (self.step * self.row_bytes) as usize;
+                self.from = self.from.wrapping_add(skipped);
+                self.second = self.second.wrapping_add(skipped);
+                self.positions = self.positions.saturating_sub(self.step);
+                self.bytes = self.positions.min(self.chunk) * self.row_bytes;
             }
         }
+    }
+
+    /// Waits for the next piece, and gives the word at which it starts: all lanes can read it then.
+    #[inline(always)]
+    pub(super) fn front(&self) -> u32 {
+        self.copies.wait();
+        self.copies.place()
+    }
+
+    /// Gives back the place of the piece that was worked on, and pumps. All lanes must have read what is there, and met
+    /// since.
+    ///
+    /// # Safety
+    /// As [`pump`](Self::pump).
+    #[inline(always)]
+    pub(super) unsafe fn pop(&mut self, end: u32) {
+        self.copies.advance();
+        self.n_free += 1;
+        // SAFETY: the caller's promise.
+        unsafe { self.pump(end) };
     }
 
     /// Finds the warp's first tile of a stage that multiplies, or the block's first item of attention.
@@ -134,11 +160,13 @@ impl Feed {
         let heads = stage.heads();
         let item = Item::new(heads, self.item, self.position + 1);
         self.item += grid_dim_x();
-        let first = self.warp * CHUNK;
+        self.chunk = heads.chunk();
+        self.step = self.n_warps * self.chunk;
+        let first = self.warp * self.chunk;
         self.row_bytes = heads.head_dim() * 2;
         self.positions = item.n_cached(self.position).saturating_sub(first);
-        self.left = self.positions.div_ceil(self.n_warps * CHUNK);
-        self.bytes = self.positions.min(CHUNK) * self.row_bytes;
+        self.left = self.positions.div_ceil(self.step);
+        self.bytes = self.positions.min(self.chunk) * self.row_bytes;
         let row = u64::from(item.kv_head) * u64::from(heads.n_ctx()) + u64::from(item.start + first);
         let offset = (row * u64::from(self.row_bytes)) as usize;
         self.from = (heads.k_cache() as *const u8).wrapping_add(offset);

@@ -17,9 +17,9 @@ use crate::activations::{F32Vector, Q8_1};
 use crate::formats::{Q4_1, Q4_K, Q6_K, Q8_0};
 use crate::gemv::{Any, Dots, TensorOf};
 use crate::step::Step;
-use cuda_std::copy_queue::CopyQueue;
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::prefetch_l2;
+use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, block_idx_x, global_timer, grid_dim_x, sync_threads, thread_idx_x};
 use cuda_std::warp::WARP_SIZE;
@@ -71,20 +71,22 @@ pub struct Layout {
     pub stage_words: u32,
     /// Most bands that a block has in a stage.
     pub turns: u32,
-    /// For each warp's ring of tiles; a multiple of 4.
-    pub ring_words: u32,
+    /// Places in each warp's ring, at most 32, and the words of one, a multiple of 4.
+    pub places: u32,
+    /// See above.
+    pub place_words: u32,
 }
 
 impl Layout {
     /// Where each part starts: the list, sums of squares, sums of bands, rings, the end.
     #[inline(always)]
-    pub fn places(self) -> [u32; 5] {
+    pub fn starts(self) -> [u32; 5] {
         let n_warps = self.n_warps;
         let list = self.stage_words;
         let squares = list + LIST_SLOTS * STAGE_WORDS;
         let sums = squares + 2 * MAX_WARPS;
         let rings = sums + product::sums_words(self.turns, n_warps);
-        [list, squares, sums, rings, rings + n_warps * CopyQueue::words(self.ring_words)]
+        [list, squares, sums, rings, rings + n_warps * WarpCopies::words(self.places, self.place_words)]
     }
 }
 
@@ -195,9 +197,9 @@ unsafe fn run<D: Dots, const HEADS: usize>(a: Arguments) {
     let memory = dynamic_shared!(CHAIN_MEMORY: [u32]);
     let (thread, n_warps) = (thread_idx_x(), a.layout.n_warps);
     let warp = thread / WARP_SIZE;
-    let [list_at, squares_at, sums_at, rings, _] = a.layout.places();
-    let ring = rings + warp * CopyQueue::words(a.layout.ring_words);
-    let queue = CopyQueue::new(memory, ring, a.layout.ring_words);
+    let [list_at, squares_at, sums_at, rings, _] = a.layout.starts();
+    let ring = rings + warp * WarpCopies::words(a.layout.places, a.layout.place_words);
+    let copies = WarpCopies::new(memory, ring, a.layout.places, a.layout.place_words);
     let list = List { memory, at: list_at, stages: a.stages, end: a.end };
     let mut at = thread;
     while at < (LIST_SLOTS - 2) * STAGE_WORDS {
@@ -209,7 +211,7 @@ unsafe fn run<D: Dots, const HEADS: usize>(a: Arguments) {
     sync_threads();
     // SAFETY: the step was written before the kernels of the step started.
     let step = unsafe { *a.step };
-    let mut feed = Feed::new(queue, list, a.first, warp, n_warps, step.position);
+    let mut feed = Feed::new(copies, list, a.first, warp, n_warps, step.position);
     let_next_start();
     let mut block = Block {
         index: block_idx_x(),
@@ -277,7 +279,7 @@ macro_rules! define_kernels {
             /// The stages and everything they point to are in device memory and as their fields say; the vectors that
             /// they write are [`UNWRITTEN`](vector::UNWRITTEN) where a launch runs several stages; the step's position
             /// is below the caches' `n_ctx`, and all before it are written. Matrices have the module's formats, and
-            /// blocks its query heads. The launch has the shared memory that [`Layout::places`] ends with. All blocks
+            /// blocks its query heads. The launch has the shared memory that [`Layout::starts`] ends with. All blocks
             /// of a launch of several stages fit on the GPU at once.
             ///
             /// # Parameters

@@ -3,11 +3,11 @@
 
 use super::feed::Feed;
 use super::stage::{HeadsRef, Kind, StageRef};
-use super::vector::{Narrow, await_again, look2, look4, put, put4, put_narrow};
+use super::vector::{Narrow, await_again, look4, put, put4, put_narrow};
 use super::{Block, MAX_WARPS};
-use crate::activations::{Activations, VALUES_PER_THREAD};
+use crate::activations::{Activations, OCTET};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
-use crate::formats::{UNIT, UNIT_WORDS};
+use crate::formats::UNIT;
 use crate::gemv::Dots;
 use crate::gemv::epilogue::{QUAD_ROWS, Quad};
 use crate::math::silu;
@@ -126,73 +126,78 @@ unsafe fn load_input<X: Activations>(stage: StageRef, source: *const f32, memory
     let (thread, block_dim) = (thread_idx_x(), block_dim_x());
     let (n, gamma) = (stage.n(), stage.gamma() as *const f32);
     let is_narrow = X::IS_ROUNDED && stage.input_is_narrow() != 0;
-    let n_words = stage.n_tiles() * (TILE_UNITS * UNIT_WORDS) as u32;
-    let n_full = n.div_ceil(VALUES_PER_THREAD as u32);
+    let n_octets = stage.n_tiles() * (TILE_UNITS * UNIT / OCTET) as u32;
     // Warps stay whole: the lanes of a unit quantize it together.
-    let warp_word = thread / WARP_SIZE * WARP_SIZE;
+    let warp_octet = thread / WARP_SIZE * WARP_SIZE;
 
-    // Words beyond the end are those of the last one.
-    let place = |word: u32| word.min(n_full - 1) as usize;
-    let look = |word: u32| -> [u32; 4] {
-        // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
-        unsafe {
-            if is_narrow {
-                let [a, b] = look2(source.add(2 * place(word)));
-                [a, b, 0, 0]
-            } else {
-                look4(source.add(4 * place(word)))
-            }
-        }
+    // Four words of the vector; beyond its end they are the last ones.
+    let last = if is_narrow { n.div_ceil(8) } else { n.div_ceil(4) } - 1;
+    // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
+    let look = |quad: u32| unsafe { look4(source.add(4 * quad.min(last) as usize)) };
+    let factors = |quad: u32| {
+        // SAFETY: inside gamma, likewise.
+        unsafe { ld_global_u32x4(gamma.add(4 * quad.min(last) as usize).cast()).map(f32::from_bits) }
     };
-    let fetch = |word: u32| -> Fetched {
-        let gamma = if gamma.is_null() {
-            [1.0; 4]
-        } else {
-            // SAFETY: inside gamma, likewise.
-            unsafe { ld_global_u32x4(gamma.add(4 * place(word)).cast()).map(f32::from_bits) }
-        };
-        Fetched { gamma, words: look(word) }
+    let fetch = |octet: u32| -> Fetched {
+        let (first, second) = if is_narrow { (octet, octet) } else { (2 * octet, 2 * octet + 1) };
+        let (low, high) = (look(first), if is_narrow { [0; 4] } else { look(second) });
+        let (gamma_low, gamma_high) =
+            if gamma.is_null() { ([0.0; 4], [0.0; 4]) } else { (factors(first), factors(second)) };
+        Fetched { low, high, gamma_low, gamma_high }
     };
     let mut square_sum = 0.0;
-    let mut store = |word: u32, Fetched { gamma, words }: Fetched| {
-        let n_left = n.saturating_sub(word * VALUES_PER_THREAD as u32);
-        let n_wanted = n_left.clamp(1, 4);
-        let words = await_again(words, if is_narrow { n_wanted.div_ceil(2) } else { n_wanted }, || look(word));
-        let x = if is_narrow { Narrow::widen4([words[0], words[1]]) } else { words.map(f32::from_bits) };
-        let keep = |i: u32, value: f32| if i < n_left { value } else { 0.0 };
-        let x = [keep(0, x[0]), keep(1, x[1]), keep(2, x[2]), keep(3, x[3])];
-        square_sum += mul_add(x[0], x[0], x[1] * x[1]) + mul_add(x[2], x[2], x[3] * x[3]);
-        // What lies beyond the end of gamma may be anything, but not what stands in for it here.
-        let scaled = |i: usize| if x[i] == 0.0 { 0.0 } else { x[i] * gamma[i] };
-        X::store(memory, n_words as usize, word as usize, [scaled(0), scaled(1), scaled(2), scaled(3)]);
+    let mut store = |octet: u32, fetched: Fetched| {
+        let n_left = n.saturating_sub(octet * OCTET as u32);
+        let (low, high) = if is_narrow {
+            let words = await_again(fetched.low, n_left.div_ceil(2), || look(octet));
+            (Narrow::widen4([words[0], words[1]]), Narrow::widen4([words[2], words[3]]))
+        } else {
+            let low = await_again(fetched.low, n_left, || look(2 * octet));
+            let high = await_again(fetched.high, n_left.saturating_sub(4), || look(2 * octet + 1));
+            (low.map(f32::from_bits), high.map(f32::from_bits))
+        };
+        let ([mut a, mut b, mut c, mut d], [mut e, mut f, mut g, mut h]) = (low, high);
+        if n_left < OCTET as u32 {
+            let keep = |i: u32, value: f32| if i < n_left { value } else { 0.0 };
+            (a, b, c, d) = (keep(0, a), keep(1, b), keep(2, c), keep(3, d));
+            (e, f, g, h) = (keep(4, e), keep(5, f), keep(6, g), keep(7, h));
+        }
+        if !gamma.is_null() {
+            let squares = |a: f32, b: f32, c: f32, d: f32| mul_add(a, a, b * b) + mul_add(c, c, d * d);
+            square_sum += squares(a, b, c, d) + squares(e, f, g, h);
+            let [ga, gb, gc, gd] = fetched.gamma_low;
+            let [ge, gf, gg, gh] = fetched.gamma_high;
+            (a, b, c, d) = (a * ga, b * gb, c * gc, d * gd);
+            (e, f, g, h) = (e * ge, f * gf, g * gg, h * gh);
+        }
+        X::store(memory, n_octets as usize, octet as usize, [a, b, c, d, e, f, g, h]);
     };
 
-    // Three are worked on while the next three are on their way.
-    let fetch3 = |word: u32| [fetch(word), fetch(word + block_dim), fetch(word + 2 * block_dim)];
+    // Two are worked on while the next two are on their way.
     let mut round = 0;
-    let mut next = fetch3(thread);
-    while warp_word + round < n_words {
-        let [f0, f1, f2] = next;
-        if warp_word + round + 3 * block_dim < n_words {
-            next = fetch3(round + 3 * block_dim + thread);
+    let (mut next0, mut next1) = (fetch(thread), fetch(thread + block_dim));
+    while warp_octet + round < n_octets {
+        let (first, second) = (next0, next1);
+        let after = round + 2 * block_dim;
+        if warp_octet + after < n_octets {
+            (next0, next1) = (fetch(after + thread), fetch(after + block_dim + thread));
         }
-        store(round + thread, f0);
-        if warp_word + round + block_dim < n_words {
-            store(round + block_dim + thread, f1);
+        store(round + thread, first);
+        if warp_octet + round + block_dim < n_octets {
+            store(round + block_dim + thread, second);
         }
-        if warp_word + round + 2 * block_dim < n_words {
-            store(round + 2 * block_dim + thread, f2);
-        }
-        round += 3 * block_dim;
+        round = after;
     }
     square_sum
 }
 
-/// Four values as a thread has found them, and their factors.
+/// Eight values as a thread has found them, and their factors.
 #[derive(Clone, Copy)]
 struct Fetched {
-    words: [u32; 4],
-    gamma: [f32; 4],
+    low: [u32; 4],
+    high: [u32; 4],
+    gamma_low: [f32; 4],
+    gamma_high: [f32; 4],
 }
 
 /// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.
@@ -230,24 +235,21 @@ unsafe fn multiply<D: Dots>(stage: StageRef, block: &Block, first_band: u32, fee
     let mut turn = stage.turn_of(first);
     let mut tile = first - turn * n_tiles;
     let has_parts = stage.part(1).n_bands() > 0;
-    let matrix = |turn: u32| {
-        let part = stage.part(if has_parts { stage.band(first_band + turn).part } else { 0 });
-        (part.format(), part.tile_bytes() / 4, part.last_tile_bytes() / 4)
+    let format_of = |turn: u32| {
+        stage.part(if has_parts { stage.band(first_band + turn).part } else { 0 }).format()
     };
-    let (mut format, mut tile_words, mut last_tile_words) = matrix(turn);
+    let mut format = format_of(turn);
     let mut sums = D::Sums::default();
     while left > 0 {
         let is_last = tile + 1 == n_tiles;
-        let words = if is_last { last_tile_words } else { tile_words };
-        let source = SharedTile { memory: block.memory, start: feed.queue.front(words) as usize };
+        let source = SharedTile { memory: block.memory, start: feed.front() as usize };
         let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
         // The vector starts at the start of the memory.
         sums = D::add(format, source, tile_units as usize, block.memory, tile as usize, sums);
         // All lanes meet here after their last read of the tile: its place is free.
         sync_warp(FULL_MASK);
-        feed.queue.pop(words);
         // SAFETY: the stages are as they say.
-        unsafe { feed.pump(known) };
+        unsafe { feed.pop(known) };
         left -= 1;
         tile += 1;
         if is_last || left == 0 {
@@ -256,7 +258,7 @@ unsafe fn multiply<D: Dots>(stage: StageRef, block: &Block, first_band: u32, fee
             sums = D::Sums::default();
             (turn, tile) = (turn + 1, 0);
             if has_parts && left > 0 {
-                (format, tile_words, last_tile_words) = matrix(turn);
+                format = format_of(turn);
             }
         }
     }

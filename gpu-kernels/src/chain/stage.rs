@@ -87,6 +87,10 @@ pub struct Heads {
     pub heads_per_block: u32,
     /// Lanes that share a position: the power of two from `head_dim / 8` on, at least 8.
     pub lanes: u32,
+    /// Positions in a piece of the cache.
+    pub chunk: u32,
+    /// Unused, so that there is no padding.
+    pub reserved: u32,
     /// Most blocks that share a context, at most [`MAX_SPLITS`](super::attention::MAX_SPLITS).
     pub n_splits: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
@@ -202,7 +206,7 @@ unsafe impl Zeroable for Stage {}
 // SAFETY: numbers and addresses without padding between them, as the assertion below says.
 unsafe impl Pod for Stage {}
 const _: () = assert!(core::mem::offset_of!(Stage, shares) == 14 * 4);
-const _: () = assert!(size_of::<Stage>() == 18 * 4 + 2 * 8 + 3 * 32 + 6 * 8 + 14 * 4);
+const _: () = assert!(size_of::<Stage>() == 18 * 4 + 2 * 8 + 3 * 32 + 6 * 8 + 16 * 4);
 
 /// A band of a product: of which matrix, and its number there.
 #[derive(Clone, Copy)]
@@ -258,7 +262,7 @@ impl HeadsRef {
     shared_fields! { Heads {
         k_cache: address, v_cache: address, rotation: address, n_head: u32, n_head_kv: u32, head_dim: u32,
         per_head_dim: u32, n_ctx: u32, n_rot: u32, pair_distance: u32, blocks_per_kv: u32, heads_per_block: u32,
-        lanes: u32, n_splits: u32, scale: f32, split_values: u32, split_sums: u32
+        lanes: u32, chunk: u32, n_splits: u32, scale: f32, split_values: u32, split_sums: u32
     } }
 
     /// The bias of the queries, keys or values.

@@ -5,7 +5,7 @@
 //! barrier and no counter in between. There are two sets of places; while a step uses one, the other is made ready for the
 //! next ([`embed`](crate::embed)).
 
-use cuda_std::atomic::{load_relaxed_u32x2, load_relaxed_u32x4, store_relaxed_u32, store_relaxed_u32x4};
+use cuda_std::atomic::{load_relaxed_u32x4, store_relaxed_u32, store_relaxed_u32x4};
 
 /// What a word holds that is yet to be written: a NaN that no operation gives.
 pub const UNWRITTEN: u32 = u32::MAX;
@@ -47,22 +47,12 @@ pub unsafe fn look4(from: *const f32) -> [u32; 4] {
     unsafe { load_relaxed_u32x4(from.cast()) }
 }
 
-/// Two neighbouring words as they are now.
-///
-/// # Safety
-/// `from` is to two words of a vector, at a multiple of 8 bytes.
-#[inline(always)]
-pub unsafe fn look2(from: *const f32) -> [u32; 2] {
-    // SAFETY: the caller vouches for the words.
-    unsafe { load_relaxed_u32x2(from.cast()) }
-}
-
 /// `words`, looked at until the first `n` of them are written; a block that runs beside this one or has ended must write
 /// them.
 #[inline(always)]
 pub fn await_again(words: [u32; 4], n: u32, look: impl Fn() -> [u32; 4]) -> [u32; 4] {
     let is_missing = |words: [u32; 4]| {
-        words[0] == UNWRITTEN
+        (words[0] == UNWRITTEN && n > 0)
             || (words[1] == UNWRITTEN && n > 1)
             || (words[2] == UNWRITTEN && n > 2)
             || (words[3] == UNWRITTEN && n > 3)

@@ -16,7 +16,7 @@ use cuda_std::warp::lane_id;
 /// `i + 32`, `i + 64` and `i + 96`, lowest first. Then follow sixteen scales and `d` (f16).
 ///
 /// In a tile weights are signed, in the upper six bits of a byte: four times `q - 32`. A lane's four words of a row and
-/// a pair of units (columns `4 * member` and `16 + 4 * member` and on, of the even unit and of the odd one) are packed
+/// a pair of units (columns `8 * member` and `8 * member + 4` and on, of the even unit and of the odd one) are packed
 /// into three, with the last one in the lower bits of the others, and lie in [`word_at`]. Then follow each lane's
 /// scales, of row `group` four bytes and of row `group + 8`; and `d` of these rows.
 #[derive(Clone, Copy, Debug)]
@@ -80,7 +80,7 @@ impl WeightFormat for Q6_K {
             for member in 0..4 {
                 let lane = row % 8 * 4 + member;
                 for pair in 0..4 {
-                    let of_unit = |unit: usize| [word(unit, 4 * member), word(unit, 16 + 4 * member)];
+                    let of_unit = |unit: usize| [word(unit, 8 * member), word(unit, 8 * member + 4)];
                     let ([w0, w1], [w2, w3]) = (of_unit(2 * pair), of_unit(2 * pair + 1));
                     for (i, word) in pack_words([w0, w1, w2, w3]).into_iter().enumerate() {
                         *tile.add(word_at(lane, pair, row / 8, i)).cast() = word;
@@ -99,7 +99,7 @@ impl WeightFormat for Q6_K {
             let word = |i: usize| tile.u32(word_at(row % 8 * 4 + member, unit / 2, row / 8, i));
             let [w0, w1, w2, w3] = unpack_words([word(0), word(1), word(2)]);
             let [first, second] = if unit.is_multiple_of(2) { [w0, w1] } else { [w2, w3] };
-            (quants[member], quants[member + 4]) = (first as i32, second as i32);
+            (quants[2 * member], quants[2 * member + 1]) = (first as i32, second as i32);
         }
         let scales = tile.u16(SCALES + (row % 8 * 4 + unit / 2) * 8 + row / 8 * 4 + unit % 2 * 2);
         let d = QUARTER * f16_to_f32(tile.u16(D + (row % 8 * 2 + row / 8) * 2));

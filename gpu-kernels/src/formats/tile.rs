@@ -5,7 +5,7 @@
 //! tile of Q4_K is 2,304 consecutive bytes to stream.
 //!
 //! Tensor cores spread the rows of a unit over a warp: the four lanes of group `lane / 4` have rows `group` and
-//! `group + 8`, and member `lane % 4` of these columns `4 * member` to `4 * member + 3` and the same 16 further on. So a
+//! `group + 8`, and member `lane % 4` of these columns `8 * member` to `8 * member + 7`. So a
 //! unit of bytes is four words a lane ([`row_word`]). Nibbles are stored in pairs of units, the even one below, the odd
 //! one above: four words a lane again.
 
@@ -49,7 +49,7 @@ impl Place {
 /// Which word of a unit of bytes holds word `word` of row `row`: four words of a lane are neighbours.
 #[inline(always)]
 pub fn row_word(row: usize, word: usize) -> usize {
-    (row % 8 * 4 + word % 4) * 4 + word / 4 * 2 + row / 8
+    (row % 8 * 4 + word / 2) * 4 + word % 2 * 2 + row / 8
 }
 
 /// Writes a row of a pair of units of nibbles: `words` as [`row_word`] counts them, the even unit below.

@@ -1,9 +1,9 @@
 //! The vector that a matrix is multiplied with, and its way into shared memory.
 
 use super::MAX_WARPS;
-use crate::activations::{Activations, Q8_1, Q8_1Scale, Quantized, VALUES_PER_THREAD};
+use crate::activations::{Activations, OCTET, Q8_1, Q8_1Scale, Quantized};
 use crate::formats::tile::TILE_UNITS;
-use crate::formats::{UNIT, UNIT_WORDS};
+use crate::formats::UNIT;
 use cuda_std::float::mul_add;
 use cuda_std::memory::ld_global_u32x4;
 use cuda_std::shared::DynamicShared;
@@ -62,60 +62,54 @@ impl Input {
         n_tiles: u32,
         may_normalise: bool,
     ) -> f32 {
-        const TILE_WORDS: u32 = (TILE_UNITS * UNIT_WORDS) as u32;
+        const PARTS: u32 = (UNIT / OCTET) as u32;
+        const TILE_OCTETS: u32 = TILE_UNITS as u32 * PARTS;
         let (thread, block_dim) = (thread_idx_x(), block_dim_x());
-        let (first_word, n_words) = (first_tile * TILE_WORDS, n_tiles * TILE_WORDS);
+        let (first_octet, n_octets) = (first_tile * TILE_OCTETS, n_tiles * TILE_OCTETS);
         if self.values.is_null() {
-            let mut word = thread;
-            while word < n_words {
-                let of_vector = first_word + word;
-                let quantized = if of_vector < self.n_units() * UNIT_WORDS as u32 {
-                    // SAFETY: the word and its block are inside the vector.
+            let mut octet = thread;
+            while octet < n_octets {
+                let of_vector = first_octet + octet;
+                let quantized = if of_vector < self.n_units() * PARTS {
+                    // SAFETY: the octet and its block are inside the vector.
                     unsafe {
-                        let scale = *self.scales.add((of_vector / UNIT_WORDS as u32) as usize);
-                        Quantized { word: *self.quants.add(of_vector as usize), scale }
+                        let words = *self.quants.cast::<[u32; 2]>().add(of_vector as usize);
+                        Quantized { words, scale: *self.scales.add((of_vector / PARTS) as usize) }
                     }
                 } else {
                     Quantized::default()
                 };
-                Q8_1::store_quantized(memory, word as usize, quantized);
-                word += block_dim;
+                Q8_1::store_quantized(memory, octet as usize, quantized);
+                octet += block_dim;
             }
             return 0.0;
         }
 
         // Warps stay whole: the lanes of a unit quantize it together.
-        let warp_word = thread / WARP_SIZE * WARP_SIZE;
+        let warp_octet = thread / WARP_SIZE * WARP_SIZE;
         let normalises = may_normalise && self.is_normalised();
         let mut square_sum = 0.0;
         let mut round = 0;
-        while round < n_words {
+        while warp_octet + round < n_octets {
             // SAFETY: the vector is as the fields say.
-            let fetch =
-                |i: u32| unsafe { self.fetch(first_word + round + i * block_dim + thread, normalises) };
-            let mut store = |i: u32, fetched: Fetched| {
-                let word = round + i * block_dim;
-                if warp_word + word < n_words {
-                    let (values, squares) = self.scale(first_word + word + thread, fetched, may_normalise);
-                    square_sum += squares;
-                    X::store(memory, n_words as usize, (word + thread) as usize, values);
+            let fetch = |i: u32| unsafe {
+                let octet = first_octet + round + i * block_dim + thread;
+                [self.fetch(2 * octet, normalises), self.fetch(2 * octet + 1, normalises)]
+            };
+            let mut store = |i: u32, fetched: [Fetched; 2]| {
+                let octet = round + i * block_dim + thread;
+                if warp_octet + round + i * block_dim < n_octets {
+                    let ([a, b, c, d], low) = self.scale(2 * (first_octet + octet), fetched[0], normalises);
+                    let ([e, f, g, h], high) = self.scale(2 * (first_octet + octet) + 1, fetched[1], normalises);
+                    square_sum += low + high;
+                    X::store(memory, n_octets as usize, octet as usize, [a, b, c, d, e, f, g, h]);
                 }
             };
-            // A batch is on its way at once. Written out: an array that is filled by a closure would lie in local memory.
-            macro_rules! batch {
-                ($($fetched:ident = $i:literal),*) => {
-                    $(let $fetched = fetch($i);)*
-                    $(store($i, $fetched);)*
-                };
-            }
-            if may_normalise {
-                // These have factors besides, and are the hidden state, which is shorter.
-                batch!(f0 = 0, f1 = 1, f2 = 2);
-                round += 3 * block_dim;
-            } else {
-                batch!(f0 = 0, f1 = 1, f2 = 2, f3 = 3, f4 = 4, f5 = 5);
-                round += 6 * block_dim;
-            }
+            // Both are on their way at once.
+            let (first, second) = (fetch(0), fetch(1));
+            store(0, first);
+            store(1, second);
+            round += 2 * block_dim;
         }
         square_sum
     }
@@ -126,8 +120,8 @@ impl Input {
     /// As [`load`](Self::load).
     #[inline(always)]
     unsafe fn fetch(&self, word: u32, normalises: bool) -> Fetched {
-        let last = self.n.div_ceil(VALUES_PER_THREAD as u32) - 1;
-        let first = word.min(last) as usize * VALUES_PER_THREAD;
+        let last = self.n.div_ceil(4) - 1;
+        let first = word.min(last) as usize * 4;
         // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
         unsafe {
             let values = ld_global_u32x4(self.values.add(first).cast());
@@ -139,28 +133,25 @@ impl Input {
 
     /// Values with their factors, zeros beyond the vector's end, and the sum of the values' squares.
     #[inline(always)]
-    fn scale(&self, word: u32, fetched: Fetched, may_normalise: bool) -> ([f32; VALUES_PER_THREAD], f32) {
+    fn scale(&self, word: u32, fetched: Fetched, normalises: bool) -> ([f32; 4], f32) {
         let Fetched { values: mut x, gamma } = fetched;
-        let first = word * VALUES_PER_THREAD as u32;
-        if first + VALUES_PER_THREAD as u32 > self.n {
-            let keep = |i: u32, value: f32| if first + i < self.n { value } else { 0.0 };
+        if 4 * word + 4 > self.n {
+            let keep = |i: u32, value: f32| if 4 * word + i < self.n { value } else { 0.0 };
             x = [keep(0, x[0]), keep(1, x[1]), keep(2, x[2]), keep(3, x[3])];
         }
-        if !may_normalise {
+        if !normalises {
             return (x, 0.0);
         }
         let squares = mul_add(x[0], x[0], x[1] * x[1]) + mul_add(x[2], x[2], x[3] * x[3]);
-        // What lies beyond the end of gamma may be anything, but not what stands in for it here.
-        let scaled = |i: usize| if x[i] == 0.0 { 0.0 } else { x[i] * gamma[i] };
-        ([scaled(0), scaled(1), scaled(2), scaled(3)], squares)
+        ([x[0] * gamma[0], x[1] * gamma[1], x[2] * gamma[2], x[3] * gamma[3]], squares)
     }
 }
 
-/// What a thread has read of a vector.
+/// Four values as a thread has read them. What lies beyond the end of gamma is 0.
 #[derive(Clone, Copy)]
 struct Fetched {
-    values: [f32; VALUES_PER_THREAD],
-    gamma: [f32; VALUES_PER_THREAD],
+    values: [f32; 4],
+    gamma: [f32; 4],
 }
 
 /// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use bytemuck::Zeroable;
 use cuda_std::launch::Kernel;
 use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1};
-use gpu_kernels::chain::attention::{CHUNK, MAX_HEADS, MAX_SPLITS, combine_words, shared_words};
+use gpu_kernels::chain::attention::{MAX_HEADS, MAX_SPLITS, combine_words, shared_words};
 use gpu_kernels::chain::stage::{Heads, Kind, Part, Share, Stage};
 use gpu_kernels::chain::vector::{Narrow, UNWRITTEN};
 use gpu_kernels::chain::{self as kernel, Arguments, Layout};
@@ -61,8 +61,8 @@ pub struct ChainBuilder<'d> {
     n_words: usize,
     /// Words of shared memory that a stage needs for itself.
     stage_words: usize,
-    /// Bytes of the largest piece of a ring.
-    largest_piece: usize,
+    /// Bytes of the largest tile.
+    largest_tile: usize,
     formats: Vec<Format>,
     /// Query heads that a block of attention takes.
     heads_per_block: usize,
@@ -87,7 +87,7 @@ impl<'d> ChainBuilder<'d> {
             stages: Vec::new(),
             n_words: 0,
             stage_words: 0,
-            largest_piece: 0,
+            largest_tile: 0,
             formats: Vec::new(),
             heads_per_block: 1,
             kept: Vec::new(),
@@ -151,8 +151,6 @@ impl<'d> ChainBuilder<'d> {
             heads.split_sums = dim(self.vector(n_splits * n_head * 4).at)?;
         }
         self.heads_per_block = heads.heads_per_block as usize;
-        // A key and a value for each position.
-        self.largest_piece = self.largest_piece.max(4 * CHUNK as usize * heads.head_dim as usize);
         let n_warps = self.n_warps;
         let words = shared_words(n_warps, heads.heads_per_block, heads.head_dim);
         self.stage_words = self.stage_words.max(words.max(combine_words(32 * n_warps)) as usize);
@@ -290,6 +288,8 @@ impl<'d> ChainBuilder<'d> {
             blocks_per_kv: dim(blocks_per_kv)?,
             heads_per_block: dim(heads_per_kv.div_ceil(blocks_per_kv))?,
             lanes: dim((head_dim / 8).next_power_of_two().max(8))?,
+            chunk: 0,
+            reserved: 0,
             n_splits: dim(n_splits)?,
             scale,
             split_values: 0,
@@ -320,7 +320,7 @@ impl<'d> ChainBuilder<'d> {
         for (part, matrix) in parts.iter_mut().zip(matrices) {
             *part = matrix.as_part()?;
             self.formats.push(matrix.format());
-            self.largest_piece = self.largest_piece.max(matrix.largest_tile());
+            self.largest_tile = self.largest_tile.max(matrix.largest_tile());
             self.kept.push(matrix.keep());
         }
         let n_bands: usize = matrices.iter().map(|matrix| matrix.n_bands()).sum();
@@ -360,23 +360,26 @@ impl<'d> ChainBuilder<'d> {
         let turns = self.stages.iter().map(turns).max().context("the chain has no operation")?;
         let (kernel, most_warps) = kernel::kernel_for(self.is_exact, &self.formats, self.heads_per_block);
         let stage_words = dim(self.stage_words.next_multiple_of(4))?;
-        let least_ring = dim(2 * self.largest_piece / 4)?;
+        // Places are as large as the largest tile; a key and a value of a position must fit as well.
+        let row_bytes = |stage: &Stage| 4 * stage.heads.head_dim as usize;
+        let largest_row = self.stages.iter().map(row_bytes).max().unwrap_or(0);
+        let place_bytes = self.largest_tile.max(largest_row);
+        let place_words = dim(place_bytes / 4)?;
         let fewer = [12, 8, 4, 2, 1].into_iter().filter(|&n| n <= self.n_warps.min(most_warps));
         let layout = { fewer }.find_map(|n_warps| {
-            let mut layout = Layout { n_warps, stage_words, turns, ring_words: 0 };
-            let free = (whole / 4).checked_sub(layout.places()[4])?;
-            layout.ring_words = free / n_warps / 4 * 4;
-            if !self.device.is_cuda() {
-                // Copies ahead of their time only cost there.
-                layout.ring_words = layout.ring_words.min(least_ring);
-            }
-            (layout.ring_words >= least_ring).then_some(layout)
+            let mut layout = Layout { n_warps, stage_words, turns, places: 0, place_words };
+            let fits = |places: &u32| {
+                layout.places = *places;
+                4 * layout.starts()[4] <= whole
+            };
+            // Copies ahead of their time only cost on the CPU.
+            layout.places = (2..=if self.device.is_cuda() { 32 } else { 2 }).rev().find(fits)?;
+            Some(layout)
         });
         let layout = layout.with_context(|| {
             format!(
-                "{whole} bytes of shared memory do not hold two pieces of {} bytes beside a vector of {} bytes and the \
+                "{whole} bytes of shared memory do not hold two pieces of {place_bytes} bytes for a warp beside a vector of {} bytes and the \
                  sums of {turns} bands",
-                self.largest_piece,
                 4 * stage_words
             )
         })?;
@@ -384,6 +387,9 @@ impl<'d> ChainBuilder<'d> {
         for stage in stages.iter_mut().filter(|stage| stage.n_tiles > 0) {
             let share = |turns: u32| Share::new(turns * stage.n_tiles, layout.n_warps);
             stage.shares = [share(stage.turns), share(stage.turns + 1)];
+        }
+        for stage in stages.iter_mut().filter(|stage| stage.heads.head_dim > 0) {
+            stage.heads.chunk = 1 << (place_bytes / row_bytes(stage)).ilog2().min(3);
         }
         let mut chain = Chain {
             kernel,
@@ -498,7 +504,7 @@ impl Chain {
             arguments.times = times.as_mut_ptr();
         }
         let mut config = launch_1d(self.n_blocks, 32 * self.layout.n_warps as usize)?;
-        config.dynamic_shared_bytes = 4 * self.layout.places()[4];
+        config.dynamic_shared_bytes = 4 * self.layout.starts()[4];
         if device.is_cuda() {
             // More than half of a multiprocessor's: its blocks are one on each.
             config.dynamic_shared_bytes = config.dynamic_shared_bytes.max(device.shared_bytes() / 2 + 1024);
