@@ -118,6 +118,43 @@ impl Feed {
         self.copies.place()
     }
 
+    /// As [`front`](Self::front), of the next two.
+    #[inline(always)]
+    pub(super) fn front_two(&self) -> (u32, u32) {
+        self.copies.wait();
+        self.copies.wait_next();
+        (self.copies.place(), self.copies.next_place())
+    }
+
+    /// As [`pop`](Self::pop), of two pieces.
+    ///
+    /// # Safety
+    /// As [`pump`](Self::pump).
+    #[inline(always)]
+    pub(super) unsafe fn pop_two(&mut self, end: u32) {
+        self.copies.advance();
+        self.copies.advance();
+        self.n_free += 2;
+        // Most of the time two tiles take their places that are like those before: what `pump` would do, without looking
+        // left or right.
+        if self.n_free == 2 && self.left >= 2 && self.tile + 3 < self.n_tiles {
+            // SAFETY: as in `pump`.
+            unsafe {
+                let (stages, bytes) = (self.copies.stages(), self.bytes);
+                self.copies.start(stages - 2, self.from, core::ptr::null(), bytes);
+                self.from = self.from.wrapping_add(bytes as usize);
+                self.copies.start(stages - 1, self.from, core::ptr::null(), bytes);
+                self.from = self.from.wrapping_add(bytes as usize);
+            }
+            self.left -= 2;
+            self.tile += 2;
+            self.n_free = 0;
+        } else {
+            // SAFETY: the caller's promise.
+            unsafe { self.pump(end) };
+        }
+    }
+
     /// Gives back the place of the piece that was worked on, and pumps. All lanes must have read what is there, and met
     /// since.
     ///
@@ -150,6 +187,10 @@ impl Feed {
                 if n > 0 {
                     self.look_up(stage);
                 }
+                if !self.has_parts && self.tile_bytes == self.last_tile_bytes {
+                    // All bands are like one.
+                    self.n_tiles = u32::MAX;
+                }
             }
         }
     }
@@ -160,6 +201,8 @@ impl Feed {
         let heads = stage.heads();
         let item = Item::new(heads, self.item, self.position + 1);
         self.item += grid_dim_x();
+        // None of these are tiles.
+        self.n_tiles = 0;
         self.chunk = heads.chunk();
         self.step = self.n_warps * self.chunk;
         let first = self.warp * self.chunk;

@@ -241,25 +241,37 @@ unsafe fn multiply<D: Dots>(stage: StageRef, block: &Block, first_band: u32, fee
     let mut format = format_of(turn);
     let mut sums = D::Sums::default();
     while left > 0 {
-        let is_last = tile + 1 == n_tiles;
-        let source = SharedTile { memory: block.memory, start: feed.front() as usize };
-        let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-        // The vector starts at the start of the memory.
-        sums = D::add(format, source, tile_units as usize, block.memory, tile as usize, sums);
-        // All lanes meet here after their last read of the tile: its place is free.
-        sync_warp(FULL_MASK);
-        // SAFETY: the stages are as they say.
-        unsafe { feed.pop(known) };
-        left -= 1;
-        tile += 1;
-        if is_last || left == 0 {
-            let at = block.sums_at + (turn + block.warp) * TILE_ROWS as u32;
-            D::finish(sums, |row, sum| block.memory.set(at as usize + row, sum.to_bits()));
-            sums = D::Sums::default();
-            (turn, tile) = (turn + 1, 0);
-            if has_parts && left > 0 {
-                format = format_of(turn);
+        // The warp's tiles of the band.
+        let end = (tile + left).min(n_tiles);
+        left -= end - tile;
+        while tile < end {
+            let tile_at = |start: u32| SharedTile { memory: block.memory, start: start as usize };
+            let units_of = |tile: u32| (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32) as usize;
+            // The vector starts at the start of the memory. All lanes meet after their last read of a tile: its place is
+            // free then.
+            if tile + 2 <= end {
+                let (first, second) = feed.front_two();
+                let sources = [tile_at(first), tile_at(second)];
+                sums = D::add_two(format, sources, units_of(tile + 1), block.memory, tile as usize, sums);
+                sync_warp(FULL_MASK);
+                // SAFETY: the stages are as they say.
+                unsafe { feed.pop_two(known) };
+                tile += 2;
+            } else {
+                let source = tile_at(feed.front());
+                sums = D::add(format, source, units_of(tile), block.memory, tile as usize, sums);
+                sync_warp(FULL_MASK);
+                // SAFETY: the stages are as they say.
+                unsafe { feed.pop(known) };
+                tile += 1;
             }
+        }
+        let at = block.sums_at + (turn + block.warp) * TILE_ROWS as u32;
+        D::finish(sums, |row, sum| block.memory.set(at as usize + row, sum.to_bits()));
+        sums = D::Sums::default();
+        (turn, tile) = (turn + 1, 0);
+        if has_parts && left > 0 {
+            format = format_of(turn);
         }
     }
 }

@@ -134,6 +134,20 @@ pub trait Dots {
         sums: Self::Sums,
     ) -> Self::Sums;
 
+    /// As [`add`](Self::add), of a whole tile and the one after it, which has `n_units` units.
+    #[inline(always)]
+    fn add_two(
+        format: u32,
+        sources: [SharedTile; 2],
+        n_units: usize,
+        memory: DynamicShared<u32>,
+        tile: usize,
+        sums: Self::Sums,
+    ) -> Self::Sums {
+        let sums = Self::add(format, sources[0], TILE_UNITS, memory, tile, sums);
+        Self::add(format, sources[1], n_units, memory, tile + 1, sums)
+    }
+
     /// Hands each row's sum to `put`, in one lane. All lanes of the warp take part.
     fn finish(sums: Self::Sums, put: impl Fn(usize, f32));
 }
@@ -190,6 +204,23 @@ impl<F: TensorFormat, G: TensorFormat> Dots for TensorOf<F, G> {
             Tensor::<F>::add(format, source, n_units, memory, tile, sums)
         } else {
             Tensor::<G>::add(format, source, n_units, memory, tile, sums)
+        }
+    }
+
+    #[inline(always)]
+    fn add_two(
+        format: u32,
+        sources: [SharedTile; 2],
+        n_units: usize,
+        memory: DynamicShared<u32>,
+        tile: usize,
+        sums: [f32; 2],
+    ) -> [f32; 2] {
+        // Both in one branch: they are worked on side by side.
+        if format == F::FORMAT as u32 {
+            Tensor::<F>::add_two(format, sources, n_units, memory, tile, sums)
+        } else {
+            Tensor::<G>::add_two(format, sources, n_units, memory, tile, sums)
         }
     }
 
