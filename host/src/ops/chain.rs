@@ -372,8 +372,10 @@ impl<'d> ChainBuilder<'d> {
                 layout.places = *places;
                 4 * layout.starts()[4] <= whole
             };
-            // Copies ahead of their time only cost on the CPU.
-            layout.places = (2..=if self.device.is_cuda() { 32 } else { 2 }).rev().find(fits)?;
+            // Two pieces are read at a time. Copies ahead of their time only cost on the CPU, where the warp must have met
+            // between a copy's start and its reads, though.
+            let mut places = if self.device.is_cuda() { 2..=32 } else { 4..=4 };
+            layout.places = places.rfind(fits)?;
             Some(layout)
         });
         let layout = layout.with_context(|| {
