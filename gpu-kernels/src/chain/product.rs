@@ -3,7 +3,7 @@
 
 use super::feed::Feed;
 use super::stage::{HeadsRef, Kind, StageRef};
-use super::vector::{Narrow, await_again, look4, put, put4, put_narrow};
+use super::vector::{Narrow, await_again, await_mode, look4, put, put4, put_narrow};
 use super::{Block, MAX_WARPS};
 use crate::activations::{Activations, OCTET};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
@@ -149,11 +149,11 @@ unsafe fn load_input<X: Activations>(stage: StageRef, source: *const f32, memory
     let mut store = |octet: u32, fetched: Fetched| {
         let n_left = n.saturating_sub(octet * OCTET as u32);
         let (low, high) = if is_narrow {
-            let words = await_again(fetched.low, n_left.div_ceil(2), || look(octet));
+            let words = await_mode(fetched.low, n_left.div_ceil(2), || look(octet), stage.reserved());
             (Narrow::widen4([words[0], words[1]]), Narrow::widen4([words[2], words[3]]))
         } else {
-            let low = await_again(fetched.low, n_left, || look(2 * octet));
-            let high = await_again(fetched.high, n_left.saturating_sub(4), || look(2 * octet + 1));
+            let low = await_mode(fetched.low, n_left, || look(2 * octet), stage.reserved());
+            let high = await_mode(fetched.high, n_left.saturating_sub(4), || look(2 * octet + 1), stage.reserved());
             (low.map(f32::from_bits), high.map(f32::from_bits))
         };
         let ([mut a, mut b, mut c, mut d], [mut e, mut f, mut g, mut h]) = (low, high);

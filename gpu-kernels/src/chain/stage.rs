@@ -289,7 +289,7 @@ impl StageRef {
 
     shared_fields! { Stage {
         kind: u32, n: u32, per_n: f32, eps: f32, input: u32, residual: u32, output: u32, input_is_narrow: u32,
-        output_is_narrow: u32, turns: u32,
+        output_is_narrow: u32, reserved: u32, turns: u32,
         blocks_with_more: u32, n_tiles: u32, per_n_tiles: u32, gamma: address, logits: address
     } }
 

@@ -51,6 +51,11 @@ pub unsafe fn look4(from: *const f32) -> [u32; 4] {
 /// them.
 #[inline(always)]
 pub fn await_again(words: [u32; 4], n: u32, look: impl Fn() -> [u32; 4]) -> [u32; 4] {
+    await_mode(words, n, look, 0)
+}
+#[inline(always)]
+/// x
+pub fn await_mode(words: [u32; 4], n: u32, look: impl Fn() -> [u32; 4], mode: u32) -> [u32; 4] {
     let is_missing = |words: [u32; 4]| {
         (words[0] == UNWRITTEN && n > 0)
             || (words[1] == UNWRITTEN && n > 1)
@@ -58,7 +63,23 @@ pub fn await_again(words: [u32; 4], n: u32, look: impl Fn() -> [u32; 4]) -> [u32
             || (words[3] == UNWRITTEN && n > 3)
     };
     let mut words = words;
+    #[cfg(target_arch = "nvptx64")]
+    if mode == 3 {
+        use cuda_std::warp::*;
+        loop {
+            let missing = warp_vote_ballot(FULL_MASK, is_missing(words));
+            if missing == 0 { return words; }
+            let leader = missing.trailing_zeros();
+            if lane_id() == leader {
+                while is_missing(words) { words = look(); }
+            }
+            sync_warp(FULL_MASK);
+            if is_missing(words) { words = look(); }
+        }
+    }
     while is_missing(words) {
+        if mode == 1 { cuda_std::thread::nanosleep(100); }
+        if mode == 2 { cuda_std::thread::nanosleep(500); }
         // A launch of the emulator has one stage: nobody would write them.
         if cfg!(not(target_arch = "nvptx64")) {
             panic!("a vector is read that no earlier stage has written");

@@ -333,6 +333,7 @@ impl<'d> ChainBuilder<'d> {
             turns: dim(n_bands / self.n_blocks)?,
             blocks_with_more: dim(n_bands % self.n_blocks)?,
             n_tiles: dim(n_tiles)?,
+            reserved: std::env::var("MODE").ok().and_then(|m| m.parse().ok()).unwrap_or(0),
             per_n_tiles: Stage::reciprocal(dim(n_tiles)?),
             parts,
             ..Stage::zeroed()
