@@ -257,7 +257,7 @@ fn a_layer_on_device_buffers_matches_f64() {
             let mut buffers = Buffers::alloc(device, model.config()).unwrap();
             let mut cache = KvLayer::alloc(device, shape.n_head_kv, 4, shape.head_dim).unwrap();
             let mut run = |x: &[f32], position, probe| {
-                device.upload(&mut buffers.step, &[Step { token: 0, position, set: 0 }]).unwrap();
+                device.upload(&mut buffers.step, &[Step { token: 0, position }]).unwrap();
                 // Leaves the angles of the position, and an embedding that is not wanted here.
                 let Buffers { step, rotation, x: hidden, .. } = &mut buffers;
                 let (token_embd, rope) = (&model.weights().token_embd, &model.settings().rope);

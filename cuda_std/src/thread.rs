@@ -54,29 +54,6 @@ pub fn sync_threads() {
     }
 }
 
-/// Nanoseconds since some point in the past, the same for all threads; a GPU's clock may go in larger steps.
-#[inline(always)]
-pub fn global_timer() -> u64 {
-    cfg_select! {
-        target_arch = "nvptx64" => {
-            let nanoseconds;
-            // SAFETY: reads a special register.
-            unsafe {
-                core::arch::asm!(
-                    "mov.u64 {nanoseconds}, %globaltimer;",
-                    nanoseconds = out(reg64) nanoseconds,
-                    options(nomem, nostack, preserves_flags),
-                );
-            }
-            nanoseconds
-        }
-        _ => {
-            static START: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
-            START.elapsed().as_nanos() as u64
-        }
-    }
-}
-
 /// Suspends the thread for about `nanoseconds`, for loops that wait for another thread.
 #[inline(always)]
 pub fn nanosleep(nanoseconds: u32) {

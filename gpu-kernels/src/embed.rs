@@ -4,12 +4,10 @@ use crate::formats::tile::{DeviceTile, Geometry, Place, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::rope::angle;
-use crate::chain::vector::UNWRITTEN;
 use crate::step::Step;
 use cuda_std::grid::let_next_start;
 use cuda_std::kernel;
-use cuda_std::memory::st_global_u32x4;
-use cuda_std::thread::{block_dim_x, grid_dim_x, index_1d};
+use cuda_std::thread::index_1d;
 
 /// Threads in a block.
 pub const BLOCK_DIM: usize = 64;
@@ -24,22 +22,17 @@ pub const BLOCK_DIM: usize = 64;
 /// # Parameters
 /// - `weights`: `[n_vocab, n_embd]`
 /// - `step`: holds token and position
-/// - `out`: `[n_embd]`, of the first set of vectors
-/// - `set_words`: the distance to the same vector of the second set, a multiple of 4; 0 where there is one set
-/// - `sets`: the start of both sets: what the step does not use is filled with [`UNWRITTEN`] for the next one
+/// - `out`: `[n_embd]`
 /// - `frequencies`: `[n_pairs]`, radians per position
 /// - `rotation`: `[n_pairs]`, cosine and sine
 ///
 /// # Thread mapping
-/// One thread per unit of 32 columns, and one per pair; any block size, any grid that covers both. All threads share the
-/// filling.
+/// One thread per unit of 32 columns, and one per pair; any block size, any grid that covers both.
 #[kernel]
 pub unsafe fn embed(
     weights: MatrixRef,
     step: *const Step,
     out: *mut f32,
-    set_words: u32,
-    sets: *mut f32,
     n_embd: u32,
     frequencies: *const f64,
     rotation: *mut [f32; 2],
@@ -55,16 +48,6 @@ pub unsafe fn embed(
         }
         step
     };
-    let mut word = 4 * index;
-    while word < set_words as usize {
-        // SAFETY: inside the set that no kernel uses during this step.
-        unsafe {
-            let set = sets.add((step.set ^ 1) as usize * set_words as usize);
-            st_global_u32x4(set.add(word).cast(), [UNWRITTEN; 4]);
-        }
-        word += 4 * (grid_dim_x() * block_dim_x()) as usize;
-    }
-    let out = out.wrapping_add(step.set as usize * set_words as usize);
     let geometry = Geometry {
         n_units: n_embd.div_ceil(UNIT),
         tile_bytes: weights.tile_bytes as usize,

@@ -14,7 +14,6 @@ pub mod activations;
 pub mod argmax;
 pub mod attention;
 pub mod block;
-pub mod chain;
 pub mod embed;
 pub mod formats;
 pub mod gemv;

@@ -433,7 +433,7 @@ impl Selection {
 }
 
 /// Chooses a token at random by its logit and makes it the step's: `chosen[position % n_places] = token`,
-/// `step = { token, position + 1, set ^ 1 }`.
+/// `step = { token, position + 1 }`.
 ///
 /// A token's probability is in proportion to `exp(logit * inverse_temp)` among those that top-k, then top-p keep; of
 /// equally likely ones the lower ids come first. Where `inverse_temp` is 0 or a logit is infinite, the largest logit's
@@ -623,9 +623,9 @@ pub unsafe fn sample(
         let next = if token == NO_TOKEN { 0 } else { token };
         // SAFETY: one element each, written by one thread.
         unsafe {
-            let Step { position, set, .. } = *step;
+            let position = (*step).position;
             *chosen.add((position % n_places) as usize) = token;
-            *step = Step { token: next, position: position + 1, set: set ^ 1 };
+            *step = Step { token: next, position: position + 1 };
         }
     }
 }

@@ -10,6 +10,4 @@ pub struct Step {
     pub token: u32,
     /// Its position, counted from 0: as many tokens are in the KV cache before it.
     pub position: u32,
-    /// Which of the two sets of [vectors](crate::chain::vector) the step uses: 0 or 1, each time the other one.
-    pub set: u32,
 }

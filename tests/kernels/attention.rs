@@ -100,7 +100,7 @@ fn attention_matches_f64() {
                     "{n_head}:{n_head_kv} heads of {head_dim}, {length} positions in {n_splits} parts, {}",
                     device.describe()
                 );
-                let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1, set: 0 }]).unwrap();
+                let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
                 let q = device.alloc_from(&q).unwrap();
                 let shape = AttentionShape { n_head, scale };
                 // Twice with one workspace: a launch leaves it as it was.
@@ -124,7 +124,7 @@ fn scores_far_apart_do_not_overflow() {
         for magnitude in [0.0f32, 1e3, 1e4] {
             let q: Vec<f32> = random.vector(head_dim).into_iter().map(|v| magnitude * v).collect();
             let expected = reference(&q, &cache, length, 1.0);
-            let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1, set: 0 }]).unwrap();
+            let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
             let q = device.alloc_from(&q).unwrap();
             let mut out = Guarded::new(device, head_dim);
             let shape = AttentionShape { n_head: 1, scale: 1.0 };
@@ -145,7 +145,7 @@ fn kv_append_writes_one_position_of_every_head() {
                 let mut random = Random::new((n_ctx + position) as u64);
                 let mut cache = cache(device, n_head_kv, n_ctx, head_dim, n_ctx, &mut random);
                 let (k, v) = (random.vector(n_head_kv * head_dim), random.vector(n_head_kv * head_dim));
-                let step = device.alloc_from(&[Step { token: 0, position: position as u32, set: 0 }]).unwrap();
+                let step = device.alloc_from(&[Step { token: 0, position: position as u32 }]).unwrap();
                 let (k_new, v_new) = (device.alloc_from(&k).unwrap(), device.alloc_from(&v).unwrap());
                 ops::kv_append(device, &k_new, &v_new, &mut cache.layer, &step).unwrap();
 

@@ -102,7 +102,7 @@ fn rope_matches_f64() {
                         }
                     }
                     let rope = Rope { frequencies: device.alloc_from(&frequencies).unwrap(), layout };
-                    let step = device.alloc_from(&[Step { token: 0, position, set: 0 }]).unwrap();
+                    let step = device.alloc_from(&[Step { token: 0, position }]).unwrap();
                     let mut y = Guarded::holding(device, &x);
                     ops::rope(device, &mut y.buffer, &rope, &step, n_head, head_dim).unwrap();
                     let what = format!("{layout:?} {n_head} x {head_dim}, {n_rot} at {position}");

@@ -119,7 +119,7 @@ fn embedding_rows_match_the_gguf_package() {
             let (blocks, expected) = fixture(format);
             let matrix = Matrix::upload(device, format, ROWS, COLS, &blocks).unwrap();
             for row in 0..ROWS {
-                let step = device.alloc_from(&[Step { token: row as u32, position: 7, set: 0 }]).unwrap();
+                let step = device.alloc_from(&[Step { token: row as u32, position: 7 }]).unwrap();
                 let mut out = Guarded::new(device, COLS);
                 embed(device, &matrix, &step, &mut out.buffer);
                 let what = format!("{} row {row} on {}", format.name(), device.describe());
@@ -138,7 +138,7 @@ fn float_rows_of_any_length_embed() {
                 let mut random = Random::new(n_cols as u64);
                 let blocks = random_blocks(format, 2, n_cols, &mut random);
                 let matrix = Matrix::upload(device, format, 2, n_cols, &blocks).unwrap();
-                let step = device.alloc_from(&[Step { token: 1, position: 0, set: 0 }]).unwrap();
+                let step = device.alloc_from(&[Step { token: 1, position: 0 }]).unwrap();
                 let mut out = Guarded::new(device, n_cols);
                 embed(device, &matrix, &step, &mut out.buffer);
                 let expected = &dequantize(format, &blocks)[n_cols..];

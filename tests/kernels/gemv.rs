@@ -281,7 +281,7 @@ fn gemv_qkv_matches_f64() {
             let angles: Vec<f64> = frequencies.iter().map(|f| f * f64::from(position)).collect();
             let rotation: Vec<[f32; 2]> = angles.iter().map(|a| [a.cos() as f32, a.sin() as f32]).collect();
             let rotation = device.alloc_from(&rotation).unwrap();
-            let step = device.alloc_from(&[Step { token: 0, position, set: 0 }]).unwrap();
+            let step = device.alloc_from(&[Step { token: 0, position }]).unwrap();
             let mut cache = KvLayer::alloc(device, n_head_kv, n_ctx, head_dim).unwrap();
             let poison = vec![f16::NAN; n_kv * n_ctx];
             device.upload(&mut cache.k, &poison).unwrap();

@@ -35,13 +35,13 @@ impl<'d> Chooser<'d> {
 
     /// The choice at this position, after checking the step that it leaves.
     fn at(&mut self, position: u32) -> u32 {
-        self.device.upload(&mut self.step, &[Step { token: 77, position, set: 0 }]).unwrap();
+        self.device.upload(&mut self.step, &[Step { token: 77, position }]).unwrap();
         let Self { device, n_vocab, logits, parameters, step, chosen } = self;
         ops::sample(device, logits, *n_vocab, parameters, step, chosen, 1).unwrap();
         let found = device.to_vec(chosen).unwrap();
         assert_eq!(found[1], 12_345, "written beyond the chosen token");
         let token = if found[0] == NO_TOKEN { 0 } else { found[0] };
-        assert_eq!(device.to_vec(step).unwrap(), [Step { token, position: position + 1, set: 1 }]);
+        assert_eq!(device.to_vec(step).unwrap(), [Step { token, position: position + 1 }]);
         found[0]
     }
 
@@ -324,11 +324,11 @@ fn the_same_seed_gives_the_same_tokens() {
 fn a_choice_is_made_the_next_step() {
     for device in devices() {
         let mut chooser = Chooser::new(device, &four(), options(0.0, 0, 1.0));
-        device.upload(&mut chooser.step, &[Step { token: 3, position: 10, set: 0 }]).unwrap();
+        device.upload(&mut chooser.step, &[Step { token: 3, position: 10 }]).unwrap();
         for position in 11..14 {
             let Chooser { device, n_vocab, logits, parameters, step, chosen } = &mut chooser;
             ops::sample(device, logits, *n_vocab, parameters, step, chosen, 1).unwrap();
-            assert_eq!(device.to_vec(step).unwrap(), [Step { token: 1, position, set: position % 2 }]);
+            assert_eq!(device.to_vec(step).unwrap(), [Step { token: 1, position }]);
         }
     }
 }

@@ -110,31 +110,6 @@ pub fn warp_reduce_add_n<const N: usize>(mask: u32, values: [f32; N], width: u32
     }
 }
 
-/// Sums, and with `MAX` the largest, of several values at once over the lanes that are multiples of `width` apart: across
-/// the groups that [`warp_reduce_add_n`] reduces within.
-#[inline(always)]
-#[track_caller]
-pub fn warp_reduce_across_n<const N: usize, const MAX: bool>(values: [f32; N], width: u32) -> [f32; N] {
-    check_width(width);
-    cfg_select! {
-        target_arch = "nvptx64" => {
-            let mut values = values;
-            let mut distance = width;
-            while distance < 32 {
-                let mut i = 0;
-                while i < N {
-                    let other = warp_shuffle_xor(super::FULL_MASK, values[i], distance, 32);
-                    values[i] = if MAX { f32::reduce_max(values[i], other) } else { values[i] + other };
-                    i += 1;
-                }
-                distance *= 2;
-            }
-            values
-        }
-        _ => collective::<Across<N, MAX>>(super::FULL_MASK, width, values),
-    }
-}
-
 /// Four sums over the whole warp: lanes 0 to 7 get the sum of every lane's first value, lanes 8 to 15 that of the
 /// second, and so on. Takes a third of the exchanges that [`warp_reduce_add_n`] takes.
 #[inline(always)]
@@ -219,29 +194,6 @@ mod emulated {
         }
     }
 
-    pub(super) struct Across<const N: usize, const MAX: bool>;
-
-    impl<const N: usize, const MAX: bool> Collective for Across<N, MAX> {
-        type Operand = [f32; N];
-        const NAME: &'static str = "warp_reduce_across_n";
-
-        fn compute(lanes: &Lanes<[f32; N]>, width: u32) {
-            let mut values: [[f32; N]; 32] =
-                std::array::from_fn(|lane| lanes.get(lane).unwrap_or([f32::POISON; N]));
-            let mut distance = width as usize;
-            while distance < 32 {
-                let before = values;
-                for (lane, value) in values.iter_mut().enumerate() {
-                    for (a, b) in value.iter_mut().zip(before[lane ^ distance]) {
-                        *a = if MAX { a.reduce_max(b) } else { *a + b };
-                    }
-                }
-                distance *= 2;
-            }
-            lanes.set_each(|lane| values[lane]);
-        }
-    }
-
     pub(super) struct FourSums;
 
     impl Collective for FourSums {
@@ -286,4 +238,4 @@ mod emulated {
     }
 }
 #[cfg(not(target_arch = "nvptx64"))]
-use emulated::{Across, FourSums, Maximum, Sum, Sums};
+use emulated::{FourSums, Maximum, Sum, Sums};

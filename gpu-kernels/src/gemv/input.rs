@@ -45,7 +45,7 @@ impl Input {
 
     /// Puts the units that meet tiles `first_tile` to `first_tile + n_tiles` into shared memory, zeros beyond the
     /// vector's end; all threads of the block take part. Gives the sum of the squares of what this thread has read where
-    /// it normalises.
+    /// it normalises. `factors` are those of the first round.
     ///
     /// RMSNorm (Zhang and Sennrich, 2019) is `x * gamma / sqrt(mean(x^2) + eps)`. Here `x * gamma` is stored; the
     /// products get the common factor at the end, so that nothing waits for the sum. Q8_1 of `x * gamma` has the
@@ -61,6 +61,7 @@ impl Input {
         first_tile: u32,
         n_tiles: u32,
         may_normalise: bool,
+        factors: Factors,
     ) -> f32 {
         const PARTS: u32 = (UNIT / OCTET) as u32;
         const TILE_OCTETS: u32 = TILE_UNITS as u32 * PARTS;
@@ -89,52 +90,74 @@ impl Input {
         let warp_octet = thread / WARP_SIZE * WARP_SIZE;
         let normalises = may_normalise && self.is_normalised();
         let mut square_sum = 0.0;
-        let mut round = 0;
+        let (mut round, mut factors) = (0, factors);
         while warp_octet + round < n_octets {
+            if first_octet + round > 0 {
+                // SAFETY: the vector is as the fields say.
+                factors = unsafe { self.fetch_factors(first_octet + round, normalises) };
+            }
             // SAFETY: the vector is as the fields say.
             let fetch = |i: u32| unsafe {
                 let octet = first_octet + round + i * block_dim + thread;
-                [self.fetch(2 * octet, normalises), self.fetch(2 * octet + 1, normalises)]
+                [self.fetch(2 * octet), self.fetch(2 * octet + 1)]
             };
-            let mut store = |i: u32, fetched: [Fetched; 2]| {
+            let mut store = |i: u32, [low, high]: [[f32; 4]; 2], [low_factors, high_factors]: [[f32; 4]; 2]| {
                 let octet = round + i * block_dim + thread;
                 if warp_octet + round + i * block_dim < n_octets {
-                    let ([a, b, c, d], low) = self.scale(2 * (first_octet + octet), fetched[0], normalises);
-                    let ([e, f, g, h], high) = self.scale(2 * (first_octet + octet) + 1, fetched[1], normalises);
+                    let first_word = 2 * (first_octet + octet);
+                    let ([a, b, c, d], low) = self.scale(first_word, low, low_factors, normalises);
+                    let ([e, f, g, h], high) = self.scale(first_word + 1, high, high_factors, normalises);
                     square_sum += low + high;
                     X::store(memory, n_octets as usize, octet as usize, [a, b, c, d, e, f, g, h]);
                 }
             };
             // Both are on their way at once.
             let (first, second) = (fetch(0), fetch(1));
-            store(0, first);
-            store(1, second);
+            store(0, first, factors[0]);
+            store(1, second, factors[1]);
             round += 2 * block_dim;
         }
         square_sum
     }
 
-    /// Values `4 * word` and on, and their factors; those of the vector's last word beyond its end.
+    /// The factors of the octets that this thread has in the round that starts with octet `round`.
+    ///
+    /// # Safety
+    /// `gamma` must be as its field says.
+    #[inline(always)]
+    pub unsafe fn fetch_factors(&self, round: u32, normalises: bool) -> Factors {
+        let factors = |octet: u32| {
+            if !normalises {
+                return [[1.0; 4]; 2];
+            }
+            let words = [self.place(2 * octet), self.place(2 * octet + 1)];
+            // SAFETY: inside gamma, whose memory is a multiple of 16 bytes long.
+            words.map(|at| unsafe { ld_global_u32x4(self.gamma.add(at).cast()).map(f32::from_bits) })
+        };
+        let octet = round + thread_idx_x();
+        [factors(octet), factors(octet + block_dim_x())]
+    }
+
+    /// Where four values start; beyond the vector's end these are its last ones.
+    #[inline(always)]
+    fn place(&self, word: u32) -> usize {
+        word.min(self.n.div_ceil(4) - 1) as usize * 4
+    }
+
+    /// Values `4 * word` and on.
     ///
     /// # Safety
     /// As [`load`](Self::load).
     #[inline(always)]
-    unsafe fn fetch(&self, word: u32, normalises: bool) -> Fetched {
-        let last = self.n.div_ceil(4) - 1;
-        let first = word.min(last) as usize * 4;
+    unsafe fn fetch(&self, word: u32) -> [f32; 4] {
         // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
-        unsafe {
-            let values = ld_global_u32x4(self.values.add(first).cast());
-            let gamma =
-                if normalises { ld_global_u32x4(self.gamma.add(first).cast()) } else { [1f32.to_bits(); 4] };
-            Fetched { values: values.map(f32::from_bits), gamma: gamma.map(f32::from_bits) }
-        }
+        unsafe { ld_global_u32x4(self.values.add(self.place(word)).cast()).map(f32::from_bits) }
     }
 
     /// Values with their factors, zeros beyond the vector's end, and the sum of the values' squares.
     #[inline(always)]
-    fn scale(&self, word: u32, fetched: Fetched, normalises: bool) -> ([f32; 4], f32) {
-        let Fetched { values: mut x, gamma } = fetched;
+    fn scale(&self, word: u32, x: [f32; 4], factors: [f32; 4], normalises: bool) -> ([f32; 4], f32) {
+        let mut x = x;
         if 4 * word + 4 > self.n {
             let keep = |i: u32, value: f32| if 4 * word + i < self.n { value } else { 0.0 };
             x = [keep(0, x[0]), keep(1, x[1]), keep(2, x[2]), keep(3, x[3])];
@@ -143,16 +166,12 @@ impl Input {
             return (x, 0.0);
         }
         let squares = mul_add(x[0], x[0], x[1] * x[1]) + mul_add(x[2], x[2], x[3] * x[3]);
-        ([x[0] * gamma[0], x[1] * gamma[1], x[2] * gamma[2], x[3] * gamma[3]], squares)
+        ([x[0] * factors[0], x[1] * factors[1], x[2] * factors[2], x[3] * factors[3]], squares)
     }
 }
 
-/// Four values as a thread has read them. What lies beyond the end of gamma is 0.
-#[derive(Clone, Copy)]
-struct Fetched {
-    values: [f32; 4],
-    gamma: [f32; 4],
-}
+/// The factors of two octets.
+pub type Factors = [[[f32; 4]; 2]; 2];
 
 /// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.
 #[inline(always)]

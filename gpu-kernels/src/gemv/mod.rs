@@ -122,6 +122,8 @@ pub trait Dots {
     type X: Activations;
     /// What a lane has of the sums of a band.
     type Sums: Copy + Default;
+    /// Whether two tiles are worked on side by side.
+    const BY_TWOS: bool;
 
     /// `sums` plus the products of a tile of `n_units` units with the part of the vector that meets it, the `tile`-th
     /// in shared memory. All lanes of the warp take part.
@@ -158,6 +160,7 @@ pub struct Tensor<F>(PhantomData<F>);
 impl<F: TensorFormat> Dots for Tensor<F> {
     type X = Q8_1;
     type Sums = [f32; 2];
+    const BY_TWOS: bool = true;
 
     #[inline(always)]
     fn add(
@@ -190,6 +193,7 @@ pub struct TensorOf<F, G>(PhantomData<(F, G)>);
 impl<F: TensorFormat, G: TensorFormat> Dots for TensorOf<F, G> {
     type X = Q8_1;
     type Sums = [f32; 2];
+    const BY_TWOS: bool = true;
 
     #[inline(always)]
     fn add(
@@ -236,6 +240,7 @@ pub struct Any<X>(PhantomData<X>);
 impl<X: Activations> Dots for Any<X> {
     type X = X;
     type Sums = [f32; 4];
+    const BY_TWOS: bool = false;
 
     #[inline(always)]
     fn add(
@@ -309,18 +314,30 @@ unsafe fn multiply<D: Dots, const N: usize>(
     let mut walk = share.walk(warp, slab);
     let mut sums = D::Sums::default();
     while walk.left > 0 {
-        let source = stream.next_tile();
-        let tile_units = (n_units - walk.tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
         let format = deal.matrix(deal.band(walk.turn).part).format;
+        let units_of = |tile: u32| (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32) as usize;
         // The slab's part of the vector starts at the start of the memory.
         let tile = (walk.tile - slab) as usize;
-        sums = D::add(format, source, tile_units as usize, memory, tile, sums);
-        // All lanes meet here after their last read of the tile: its place is free.
-        sync_warp(FULL_MASK);
-        // SAFETY: the matrices are as they say.
-        unsafe { stream.refill() };
+        // All lanes meet after their last read of a tile: its place is free then.
+        if D::BY_TWOS && walk.has_next_of_band() {
+            let sources = stream.next_two_tiles();
+            sums = D::add_two(format, sources, units_of(walk.tile + 1), memory, tile, sums);
+            sync_warp(FULL_MASK);
+            // SAFETY: the matrices are as they say.
+            unsafe {
+                stream.refill();
+                stream.refill();
+            }
+            walk.advance();
+        } else {
+            sums = D::add(format, stream.next_tile(), units_of(walk.tile), memory, tile, sums);
+            sync_warp(FULL_MASK);
+            // SAFETY: the matrices are as they say.
+            unsafe { stream.refill() };
+        }
         let turn = walk.turn;
-        if walk.advance() || walk.left == 0 {
+        let is_last = walk.advance();
+        if is_last || walk.left == 0 {
             D::finish(sums, |row, sum| {
                 let at = (sums_at + (turn + warp) * TILE_ROWS as u32) as usize + row;
                 let before = if D::X::IN_SLABS && slab > 0 { f32::from_bits(memory.get(at)) } else { 0.0 };
@@ -369,6 +386,9 @@ unsafe fn run<D: Dots, E: Epilogue, const N: usize>(
         memory.set((warps_at + turn) as usize, share.warps_of(turn));
         turn += block_dim_x();
     }
+    // The vector's factors are weights as well.
+    // SAFETY: the input keeps its contract.
+    let factors = unsafe { input.fetch_factors(0, E::NORMALISES && input.is_normalised()) };
     wait_for_previous();
 
     // What finishing needs besides the sums, on its way beside the vector.
@@ -399,7 +419,7 @@ unsafe fn run<D: Dots, E: Epilogue, const N: usize>(
         }
         let tiles = share.slab_tiles.min(n_tiles - slab);
         // SAFETY: the tiles' first units are inside the vector; the input keeps its contract.
-        square_sum += unsafe { input.load::<D::X>(memory, slab, tiles, E::NORMALISES) };
+        square_sum += unsafe { input.load::<D::X>(memory, slab, tiles, E::NORMALISES, factors) };
         if E::NORMALISES && input.is_normalised() {
             input::store_squares(memory, squares, square_sum);
         }

@@ -147,6 +147,12 @@ pub struct Walk {
 }
 
 impl Walk {
+    /// Whether the warp also has the tile after this one, of the same band.
+    #[inline(always)]
+    pub fn has_next_of_band(&self) -> bool {
+        self.left > 1 && self.tile + 1 < self.end
+    }
+
     /// Goes on to the next tile, and says whether it is the next band's.
     #[inline(always)]
     pub fn advance(&mut self) -> bool {
@@ -268,6 +274,15 @@ impl<const N: usize> Stream<N> {
     pub fn next_tile(&self) -> SharedTile {
         self.copies.wait();
         SharedTile { memory: self.memory, start: self.copies.place() as usize }
+    }
+
+    /// As [`next_tile`](Self::next_tile), of the next two.
+    #[inline(always)]
+    pub fn next_two_tiles(&self) -> [SharedTile; 2] {
+        self.copies.wait();
+        self.copies.wait_next();
+        [self.copies.place(), self.copies.next_place()]
+            .map(|place| SharedTile { memory: self.memory, start: place as usize })
     }
 
     /// Gives back the place of the tile that was worked on, and starts the next copy to it. All lanes must have read

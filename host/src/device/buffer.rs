@@ -72,11 +72,6 @@ impl<T: Pod> Buffer<T> {
         }
     }
 
-    /// What keeps the memory for as long as it lives.
-    pub(crate) fn keep(&self) -> Kept {
-        Kept { _memory: Arc::clone(&self.memory) }
-    }
-
     /// The device address, to pass to a kernel that reads.
     pub fn as_ptr(&self) -> *const T {
         self.memory.address().cast::<T>().wrapping_add(self.offset)
@@ -86,11 +81,6 @@ impl<T: Pod> Buffer<T> {
     pub fn as_mut_ptr(&mut self) -> *mut T {
         self.as_ptr().cast_mut()
     }
-}
-
-/// Memory that is not freed yet.
-pub(crate) struct Kept {
-    _memory: Arc<Memory>,
 }
 
 /// Values in memory that kernels write to and the host reads as it is.

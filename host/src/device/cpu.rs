@@ -33,9 +33,9 @@ impl CpuDevice {
         self.cores as u32
     }
 
-    pub(super) fn fill(&self, start: *mut u8, byte: u8, bytes: usize) -> Result<()> {
+    pub(super) fn zero(&self, start: *mut u8, bytes: usize) -> Result<()> {
         // SAFETY: the memory is a buffer of this length, and no kernel runs between calls.
-        unsafe { std::ptr::write_bytes(start, byte, bytes) };
+        unsafe { std::ptr::write_bytes(start, 0, bytes) };
         Ok(())
     }
 

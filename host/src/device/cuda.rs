@@ -109,11 +109,11 @@ impl CudaDevice {
         self.shared_bytes
     }
 
-    pub(super) fn fill(&self, start: *mut u8, byte: u8, bytes: usize) -> Result<()> {
+    pub(super) fn zero(&self, start: *mut u8, bytes: usize) -> Result<()> {
         self.enter()?;
         // SAFETY: the memory is a buffer of this length.
-        check(unsafe { sys::cuMemsetD8Async(start as u64, byte, bytes, self.stream.as_inner()) })
-            .context("cannot fill memory on the GPU")
+        check(unsafe { sys::cuMemsetD8Async(start as u64, 0, bytes, self.stream.as_inner()) })
+            .context("cannot clear memory on the GPU")
     }
 
     /// Makes the GPU's context current in this thread.

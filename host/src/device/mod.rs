@@ -8,7 +8,6 @@ mod cpu;
 mod cuda;
 mod ptx;
 
-pub(crate) use buffer::Kept;
 pub use buffer::{Buffer, HostBuffer};
 pub use ptx::{PtxImage, ptx_images};
 
@@ -120,8 +119,8 @@ impl Device {
         if bytes < padded {
             let end = memory.address().wrapping_add(bytes);
             match &self.0 {
-                Kind::Cuda(device) => device.fill(end, 0, padded - bytes)?,
-                Kind::Cpu(device) => device.fill(end, 0, padded - bytes)?,
+                Kind::Cuda(device) => device.zero(end, padded - bytes)?,
+                Kind::Cpu(device) => device.zero(end, padded - bytes)?,
             }
         }
         Ok(Buffer::new(memory, len))
@@ -133,20 +132,12 @@ impl Device {
     /// As [`alloc`](Self::alloc).
     pub fn alloc_zeroed<T: Pod>(&self, len: usize) -> Result<Buffer<T>> {
         let mut buffer: Buffer<T> = self.alloc(len)?;
-        self.fill(&mut buffer, 0)?;
-        Ok(buffer)
-    }
-
-    /// Sets all bytes of the buffer, after all work issued so far and before all that follows.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn fill<T: Pod>(&self, buffer: &mut Buffer<T>, byte: u8) -> Result<()> {
         let (start, bytes) = (buffer.as_mut_ptr().cast(), buffer.n_bytes());
         match &self.0 {
-            Kind::Cuda(device) => device.fill(start, byte, bytes),
-            Kind::Cpu(device) => device.fill(start, byte, bytes),
+            Kind::Cuda(device) => device.zero(start, bytes)?,
+            Kind::Cpu(device) => device.zero(start, bytes)?,
         }
+        Ok(buffer)
     }
 
     /// A buffer that holds `values`.
@@ -215,7 +206,7 @@ impl Device {
             Kind::Cuda(device) => Memory::Host(device.alloc_host(bytes)?),
             Kind::Cpu(device) => {
                 let memory = device.alloc(bytes)?;
-                device.fill(memory.address(), 0, bytes)?;
+                device.zero(memory.address(), bytes)?;
                 Memory::Cpu(memory)
             }
         };

@@ -1,6 +1,5 @@
 //! A model on a device: weights, KV cache, and the chain of operations that makes a token's logits.
 
-mod chain;
 mod forward;
 mod session;
 mod source;

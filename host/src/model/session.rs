@@ -2,11 +2,9 @@
 
 mod timing;
 
-use super::chain::ForwardChain;
 use super::forward::{Buffers, forward};
 use super::trace::{Halt, Op, Point, Probe};
-use super::weights::Weights;
-use super::{Fusion, GateUp, Model};
+use super::{Model, weights};
 use crate::device::{Buffer, HostBuffer, Recording, Signal};
 use crate::ops::{self, KvLayer};
 use crate::sampling::SamplingOptions;
@@ -23,8 +21,6 @@ pub struct Session<'m> {
     model: &'m Model,
     /// The launches of each kind of step. Declared, and so dropped, before the buffers they use.
     steps: [RecordedStep; 3],
-    /// All operations in one launch, where they are fused.
-    chain: Option<ForwardChain>,
     buffers: Buffers,
     caches: Vec<KvLayer>,
     /// Where [`greedy`](Self::greedy) leaves its token.
@@ -41,8 +37,6 @@ pub struct Session<'m> {
     position: usize,
     /// Whether the logits are those of the last token in the cache.
     has_logits: bool,
-    /// Which set of vectors the next step uses.
-    set: u32,
 }
 
 /// A kind of step.
@@ -71,21 +65,11 @@ impl<'m> Session<'m> {
         let (device, config) = (&model.device, &model.config);
         let cache = |_| KvLayer::alloc(device, config.n_head_kv, model.n_ctx, config.head_dim);
         let caches = (0..config.n_layer).map(cache).collect::<Result<_>>();
-        let mut caches: Vec<KvLayer> = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
-        let mut buffers = Buffers::alloc(device, config)?;
-        let is_joined = |layer: &super::Layer| matches!(layer.ffn_gate_up, GateUp::Joined(_));
-        let chain = match model.settings.fusion {
-            Fusion::Fused if model.weights.layers.iter().all(is_joined) => {
-                let (weights, settings) = (&model.weights, &model.settings);
-                Some(ForwardChain::new(device, config, weights, settings, &mut caches, &mut buffers)?)
-            }
-            _ => None,
-        };
+        let caches = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
         Ok(Self {
             model,
-            chain,
             steps: [const { RecordedStep::Fresh }; 3],
-            buffers,
+            buffers: Buffers::alloc(device, config)?,
             caches,
             next: device.alloc_from(&[0u32])?,
             sampling: device.alloc_from(&[SamplingOptions::default().parameters()])?,
@@ -94,7 +78,6 @@ impl<'m> Session<'m> {
             has_chosen: false,
             position: 0,
             has_logits: false,
-            set: 0,
         })
     }
 
@@ -208,7 +191,7 @@ impl<'m> Session<'m> {
         self.ahead.clear();
         let device = &self.model.device;
         // Choosing advances the step.
-        let step = Step { token: 0, position: self.position as u32 - 1, set: self.set ^ 1 };
+        let step = Step { token: 0, position: self.position as u32 - 1 };
         device.upload(&mut self.buffers.step, &[step])?;
         let (logits, n_vocab) = (&self.buffers.logits, self.model.config.n_vocab);
         let (step, chosen) = (&mut self.buffers.step, self.chosen.as_buffer());
@@ -269,7 +252,7 @@ impl<'m> Session<'m> {
     fn place(&mut self, token: u32) -> Result<()> {
         self.ahead.clear();
         self.has_chosen = false;
-        let step = Step { token, position: self.position as u32, set: self.set };
+        let step = Step { token, position: self.position as u32 };
         self.model.device.upload(&mut self.buffers.step, &[step])
     }
 
@@ -290,26 +273,24 @@ impl<'m> Session<'m> {
     fn run(&mut self, kind: Kind, probe: Probe) -> Result<(), Halt> {
         self.has_logits = false;
         self.has_chosen = false;
-        let set = self.set;
-        self.set ^= 1;
         if !matches!(probe, Probe::Nothing) {
             // A run that stops half-way waits for the device, and differs from the next one.
-            return self.issue(kind, set, probe);
+            return self.issue(kind, probe);
         }
         let device = &self.model.device;
         match &self.steps[kind as usize] {
             RecordedStep::Fresh => {
-                self.issue(kind, set, probe)?;
+                self.issue(kind, probe)?;
                 self.steps[kind as usize] = RecordedStep::Warm;
             }
             RecordedStep::Warm => {
                 // SAFETY: the buffers are this session's or the model's, and the session's recordings go first.
-                match unsafe { device.record(|| self.issue(kind, set, probe))? } {
+                match unsafe { device.record(|| self.issue(kind, probe))? } {
                     Some(recording) => {
                         device.replay(&recording)?;
                         self.steps[kind as usize] = RecordedStep::Recorded(recording);
                     }
-                    None => self.issue(kind, set, probe)?,
+                    None => self.issue(kind, probe)?,
                 }
             }
             RecordedStep::Recorded(recording) => device.replay(recording)?,
@@ -317,16 +298,12 @@ impl<'m> Session<'m> {
         Ok(())
     }
 
-    /// Launches a step's kernels, one after the other; the step in device memory names the set of vectors `set`.
-    fn issue(&mut self, kind: Kind, set: u32, probe: Probe) -> Result<(), Halt> {
+    /// Launches a step's kernels, one after the other.
+    fn issue(&mut self, kind: Kind, probe: Probe) -> Result<(), Halt> {
         let Model { device, config, settings, weights, .. } = self.model;
-        let weights: &Weights = weights;
+        let weights: &weights::Weights = weights;
         let b = &mut self.buffers;
-        let with_logits = kind != Kind::Prompt;
-        match &mut self.chain {
-            Some(chain) => chain.run(device, weights, settings, b, set, with_logits, probe)?,
-            None => forward(device, weights, settings, &mut self.caches, b, with_logits, probe)?,
-        }
+        forward(device, weights, settings, &mut self.caches, b, kind != Kind::Prompt, probe)?;
         if kind == Kind::Choice {
             let chosen = self.chosen.as_buffer();
             ops::sample(device, &b.logits, config.n_vocab, &self.sampling, &mut b.step, chosen, MAX_AHEAD)?;

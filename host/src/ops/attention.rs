@@ -185,6 +185,7 @@ pub fn attention(
     };
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
     config.grid[1] = dim(n_rows)?;
+    config.dynamic_shared_bytes = attention_kernel::dynamic_shared_bytes();
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
     unsafe { device.launch(attention_kernel::kernel_for(heads), config, (arguments,)) }
 }

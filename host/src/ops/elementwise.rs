@@ -1,6 +1,6 @@
 //! Launchers of the vector operations.
 
-use super::{Chain, Matrix, Q8_1Vector, Rope, at_least, dim, launch_1d};
+use super::{Matrix, Q8_1Vector, Rope, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
 use gpu_kernels::activations::{OCTET, Q8_1_BLOCK};
@@ -28,65 +28,17 @@ pub fn embed(
     out: &mut Buffer<f32>,
     rotation: &mut Buffer<[f32; 2]>,
 ) -> Result<()> {
-    at_least("embed", "out", out, weights.n_cols())?;
-    let out = out.as_mut_ptr();
-    launch_embed(device, weights, step, rope, Place { out, sets: out, set_words: 0 }, rotation)
-}
-
-/// [`embed`] into the first vector of a chain; makes ready the set of vectors that the step does not use.
-///
-/// # Errors
-/// As [`embed`].
-pub fn embed_chain(
-    device: &Device,
-    weights: &Matrix,
-    step: &Buffer<Step>,
-    rope: &Rope,
-    chain: &mut Chain,
-    rotation: &mut Buffer<[f32; 2]>,
-) -> Result<()> {
-    let set_words = chain.set_words;
-    ensure!(
-        weights.n_cols() <= set_words,
-        "embed: a chain of {set_words} words for {} columns",
-        weights.n_cols()
-    );
-    let sets = chain.sets.as_mut_ptr();
-    launch_embed(device, weights, step, rope, Place { out: sets, sets, set_words }, rotation)
-}
-
-/// Where an embedding goes.
-struct Place {
-    out: *mut f32,
-    sets: *mut f32,
-    set_words: usize,
-}
-
-fn launch_embed(
-    device: &Device,
-    weights: &Matrix,
-    step: &Buffer<Step>,
-    rope: &Rope,
-    place: Place,
-    rotation: &mut Buffer<[f32; 2]>,
-) -> Result<()> {
     let pairs = rope.frequencies.len();
     at_least("embed", "step", step, 1)?;
+    at_least("embed", "out", out, weights.n_cols())?;
     at_least("embed", "rotation", rotation, pairs)?;
     ensure!(weights.order() == RowOrder::NATURAL, "embed: the rows are in {:?}", weights.order());
     let threads = weights.n_cols().div_ceil(UNIT).max(pairs);
-    let mut n_blocks = threads.div_ceil(embed_kernel::BLOCK_DIM);
-    if place.set_words > 0 {
-        // Enough for the filling to be spread over the device.
-        n_blocks = n_blocks.max(4 * device.multiprocessors() as usize);
-    }
-    let config = launch_1d(n_blocks, embed_kernel::BLOCK_DIM)?;
+    let config = launch_1d(threads.div_ceil(embed_kernel::BLOCK_DIM), embed_kernel::BLOCK_DIM)?;
     let arguments = (
         weights.as_ref()?,
         step.as_ptr(),
-        place.out,
-        dim(place.set_words)?,
-        place.sets,
+        out.as_mut_ptr(),
         dim(weights.n_cols())?,
         rope.frequencies.as_ptr(),
         rotation.as_mut_ptr(),

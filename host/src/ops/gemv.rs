@@ -288,8 +288,10 @@ fn schedule<E: Epilogue>(
         Room::LessThanHalf => (0, half - ABOVE_HALF),
         Room::MoreThanHalf => (half + ABOVE_HALF, half + ABOVE_HALF),
     };
-    // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time.
-    let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 2) };
+    // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time. But two
+    // tiles are read at once, and between a copy's start and its reads the warp must have met.
+    let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 4) };
+    let least_stages = if device.is_cuda() { 2 } else { 4 };
 
     let try_fit =
         |n_warps: usize, slab_tiles: usize, room: usize| -> Option<(Schedule, Result<LaunchConfig>)> {
@@ -310,7 +312,7 @@ fn schedule<E: Epilogue>(
             let fits = |stages: &usize| {
                 4 * WarpCopies::words(*stages as u32, stage_bytes as u32 / 4) as usize <= ring
             };
-            schedule.stages = (2..=most_stages.min(most_tiles.max(2))).rev().find(fits)? as u32;
+            schedule.stages = (least_stages..=most_stages.min(most_tiles.max(least_stages))).rev().find(fits)? as u32;
             Some((schedule, launch_1d(n_blocks, 32 * n_warps)))
         };
     // Rather fewer warps than parts of the vector, rather the next kernel's block beside this one's than more warps.

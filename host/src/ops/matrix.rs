@@ -1,9 +1,8 @@
 //! Weight matrices in device memory.
 
 use super::{dim, launch_1d};
-use crate::device::{Buffer, Device, Kept};
+use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, bail, ensure};
-use gpu_kernels::chain::stage::Part;
 use gpu_kernels::formats::tile::{Geometry, TILE_ROWS, TILE_UNITS};
 use gpu_kernels::formats::{Format, UNIT};
 use gpu_kernels::gemv::MatrixRef;
@@ -83,18 +82,6 @@ impl Matrix {
         } else {
             self.geometry.tile_bytes
         }
-    }
-
-    /// The matrix as a part of a stage.
-    pub(super) fn as_part(&self) -> Result<Part> {
-        let MatrixRef { tiles, format, n_rows, n_bands, tile_bytes, last_tile_bytes, band_bytes, .. } =
-            self.as_ref()?;
-        Ok(Part { tiles, format, n_rows, n_bands, tile_bytes, last_tile_bytes, band_bytes })
-    }
-
-    /// What keeps its memory.
-    pub(super) fn keep(&self) -> Kept {
-        self.tiles.keep()
     }
 
     /// The matrix as a launch passes it.

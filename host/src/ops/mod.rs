@@ -3,16 +3,14 @@
 //! Buffers may be longer than an operation needs; what lies beyond is not touched.
 
 mod attention;
-mod chain;
 mod elementwise;
 mod gemv;
 mod matrix;
 mod read;
 mod types;
 
-pub use chain::{Chain, ChainBuilder, Qkv, Vector};
 pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, rope};
-pub use elementwise::{argmax, embed, embed_chain, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
+pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use matrix::{Matrix, Packer};
 pub use read::read;

@@ -4,7 +4,7 @@ use super::ceiling::Ceiling;
 use super::{STEPS, median};
 use crate::device::{Device, Mark, Recording};
 use crate::model::{Op, Point, Session};
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use std::cell::RefCell;
 use std::time::Instant;
 
@@ -105,34 +105,24 @@ impl<'a> Clock<'a> {
     /// A step that is recorded as a whole, and its operations, each recorded by itself and left out of the whole. `None`
     /// where the device records nothing. The step must have run before.
     pub(super) fn captured(&mut self, session: &mut Session, points: &[Point]) -> Result<Option<Timings>> {
-        session.with_step(|session, whole| {
-            let mut in_step = Vec::new();
-            for run in 0..=self.repeat {
-                session.rewind()?;
-                let times = session.times_in_step()?.unwrap_or_default();
-                if run > 0 {
-                    in_step.push(times);
-                }
-            }
-            let of = |op, times: &Vec<(Point, f64)>| -> Option<f64> {
-                let of_op = times.iter().filter(|(point, _)| point.op == op).map(|(_, us)| us);
-                of_op.copied().reduce(|a, b| a + b)
-            };
+        session.with_recording(points, &|_| true, 1, |session, whole| {
             let mut times = Vec::new();
             for op in operations(points) {
-                if let Some(all) = in_step.iter().map(|times| of(op, times)).collect::<Option<Vec<_>>>() {
-                    times.push(OpTime { op, us: median(all), us_in_step: None });
-                    continue;
-                }
                 let calls = points.iter().filter(|point| point.op == op).count();
                 let copies = LAUNCHES.div_ceil(calls);
                 let alone =
                     session.with_recording(points, &|other| other == op, copies, |session, alone| {
                         self.replays(session, &[alone])
                     })?;
-                let alone = alone.context("a device that records once records again")?;
+                let parts = session.with_recording(points, &|other| other != op, 1, |session, rest| {
+                    self.replays(session, &[whole, rest])
+                })?;
+                let (Some(alone), Some(parts)) = (alone, parts) else {
+                    unreachable!("a device that records once records again")
+                };
+                let saved = parts.iter().map(|times| times[0] - times[1]).collect();
                 let us = median(alone.iter().map(|times| times[0] / copies as f64).collect());
-                times.push(OpTime { op, us, us_in_step: None });
+                times.push(OpTime { op, us, us_in_step: Some(median(saved)) });
             }
             let step = self.replays(session, &[whole])?;
             Ok(Timings { step_us: median(step.iter().map(|times| times[0]).collect()), operations: times })

@@ -2,7 +2,7 @@
 
 use super::{Kind, Session};
 use crate::device::Recording;
-use crate::model::{Model, Op};
+use crate::model::Op;
 use crate::model::trace::{Halt, Point, Probe};
 use anyhow::{Result, ensure};
 use std::cell::Cell;
@@ -12,9 +12,6 @@ impl Session<'_> {
     pub(crate) fn rewind(&mut self) -> Result<()> {
         ensure!(self.position < self.model.n_ctx, "the context of {} tokens is full", self.model.n_ctx);
         self.has_logits = false;
-        if let Some(chain) = &mut self.chain {
-            chain.clear(&self.model.device)?;
-        }
         self.place(0)
     }
 
@@ -23,35 +20,7 @@ impl Session<'_> {
     pub(crate) fn watch_step(&mut self, watch: &dyn Fn(Point) -> Result<()>) -> Result<()> {
         self.has_logits = false;
         self.has_chosen = false;
-        let set = self.set;
-        self.set ^= 1;
-        self.issue(Kind::Choice, set, Probe::Watch(watch)).map_err(error)
-    }
-
-    /// Records such a step as sessions run it and calls `replay` with it. `None` where the device records nothing.
-    pub(crate) fn with_step<T>(
-        &mut self,
-        replay: impl FnOnce(&mut Self, &Recording) -> Result<T>,
-    ) -> Result<Option<T>> {
-        let device = &self.model.device;
-        let set = self.set;
-        let issue = || self.issue(Kind::Choice, set, Probe::Nothing).map_err(error);
-        // SAFETY: the buffers are this session's or the model's, and the recording ends with this call.
-        let recording = unsafe { device.record(issue)? };
-        let Some(recording) = recording else { return Ok(None) };
-        let result = replay(self, &recording);
-        // The recording may be under way.
-        device.synchronize()?;
-        result.map(Some)
-    }
-
-    /// Runs a step and says how long each operation took, in microseconds: those that are one launch, where they are.
-    pub(crate) fn times_in_step(&mut self) -> Result<Option<Vec<(Point, f64)>>> {
-        let Model { device, settings, weights, .. } = self.model;
-        match &mut self.chain {
-            Some(chain) => chain.times(device, weights, settings, &mut self.buffers).map(Some),
-            None => Ok(None),
-        }
+        self.issue(Kind::Choice, Probe::Watch(watch)).map_err(error)
     }
 
     /// Records the operations of such a step that `wanted` names, `n` times over, and calls `replay` with them. `points`
