@@ -363,6 +363,12 @@ unsafe fn run<D: Dots, E: Epilogue, const N: usize>(
     let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
     let warp = thread / WARP_SIZE;
     let deal = Deal::new(matrices, schedule);
+    if deal.turns == 0 {
+        // It stays until the next kernel's blocks have been placed, one beside each of this one's.
+        let_next_start();
+        wait_for_previous();
+        return;
+    }
     let n_units = input.n_units();
     let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
     let slab_tiles = if D::X::IN_SLABS { schedule.slab_tiles } else { n_tiles };

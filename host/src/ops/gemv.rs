@@ -297,7 +297,10 @@ fn schedule<E: Epilogue>(
         |n_warps: usize, slab_tiles: usize, room: usize| -> Option<(Schedule, Result<LaunchConfig>)> {
             let band_bytes = 4 * (TILE_ROWS + 1 + TILE_ROWS / QUAD_ROWS * prepared_words as usize);
             let least_blocks = (n_bands * band_bytes).div_ceil(BANDS_BYTES);
-            let n_blocks = (device.multiprocessors() as usize).max(least_blocks).min(n_bands);
+            let mut n_blocks = (device.multiprocessors() as usize).max(least_blocks);
+            if !device.is_cuda() {
+                n_blocks = n_blocks.min(n_bands);
+            }
             let turns = n_bands.div_ceil(n_blocks);
             let mut schedule = Schedule {
                 turns: (n_bands / n_blocks) as u32,
