@@ -32,6 +32,29 @@ pub fn dp4a_sum<const N: usize>(a: [i32; N], b: [i32; N], c: i32) -> i32 {
     }
 }
 
+/// The dot product of 32 nibbles with as many signed bytes: the low nibbles of word `i` meet word `i` of `b`, the high
+/// ones word `i + 4`.
+///
+/// On a GPU the high nibbles stay where they are, sixteen times their value, and the sum of their products is shifted.
+#[inline(always)]
+pub fn dp4a_nibbles(a: [u32; 4], b: [i32; 8]) -> i32 {
+    const LOW: u32 = 0x0f0f_0f0f;
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let (mut low, mut high) = (0, 0);
+            let mut i = 0;
+            while i < 4 {
+                low = dp4a((a[i] & LOW) as i32, b[i], low);
+                // SAFETY: arithmetic alone.
+                high = unsafe { device::dp4a_unsigned((a[i] & !LOW) as i32, b[i + 4], high) };
+                i += 1;
+            }
+            low + (high >> 4)
+        }
+        _ => dp4a_sum(core::array::from_fn::<i32, 8, _>(|i| ((a[i % 4] >> (4 * (i / 4))) & LOW) as i32), b, 0),
+    }
+}
+
 /// Byte `i` of a word, counted from the lowest, 0 to 3.
 ///
 /// On a GPU this is one instruction (prmt), of a value that the compiler takes for any 32 bits: it then converts it to
@@ -149,12 +172,31 @@ mod device {
     unsafe extern "unadjusted" {
         #[link_name = "llvm.nvvm.idp4a.s.s"]
         pub(super) fn dp4a(a: i32, b: i32, c: i32) -> i32;
+
+        /// The bytes of `a` are unsigned.
+        #[link_name = "llvm.nvvm.idp4a.u.s"]
+        pub(super) fn dp4a_unsigned(a: i32, b: i32, c: i32) -> i32;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nibbles_are_multiplied_in_order() {
+        let a = [0x8421_f0e1, 0x0123_4567, 0x89ab_cdef, 0xffff_0000u32];
+        let b: [i32; 8] = core::array::from_fn(|i| {
+            i32::from_le_bytes([1 - i as i8, -128i8, 127, i as i8].map(|b| b as u8))
+        });
+        let mut expected = 0;
+        for i in 0..16 {
+            let byte = a[i / 4].to_le_bytes()[i % 4];
+            let at = |word: usize| i32::from(b[word].to_le_bytes()[i % 4] as i8);
+            expected += i32::from(byte & 15) * at(i / 4) + i32::from(byte >> 4) * at(i / 4 + 4);
+        }
+        assert_eq!(dp4a_nibbles(a, b), expected);
+    }
 
     #[test]
     fn dp4a_multiplies_signed_bytes() {

@@ -35,7 +35,6 @@ pub mod launch;
 pub mod memory;
 pub mod pipeline;
 pub mod shared;
-pub mod tensor;
 pub mod thread;
 pub mod warp;
 

@@ -206,36 +206,9 @@ impl WarpCopies {
         }
     }
 
-    /// The word at which the place after the current one starts.
-    #[inline(always)]
-    pub fn next_place(&self) -> u32 {
-        self.place_of(self.after_current().0)
-    }
-
-    /// The place after the current one, and the parity of its round.
-    #[inline(always)]
-    fn after_current(&self) -> (u32, u32) {
-        let next = self.stage + 1;
-        if next == self.stages { (0, self.parity ^ 1) } else { (next, self.parity) }
-    }
-
     /// Waits until the copy to the current place has arrived: all lanes can read it then.
     #[inline(always)]
     pub fn wait(&self) {
-        self.wait_for(self.stage, self.parity);
-    }
-
-    /// Likewise of the place after the current one.
-    #[inline(always)]
-    pub fn wait_next(&self) {
-        let (stage, parity) = self.after_current();
-        self.wait_for(stage, parity);
-    }
-
-    #[inline(always)]
-    fn wait_for(&self, stage: u32, parity: u32) {
-        #[cfg(not(target_arch = "nvptx64"))]
-        let _ = (stage, parity);
         #[cfg(target_arch = "nvptx64")]
         loop {
             let has_arrived: u32;
@@ -252,8 +225,8 @@ impl WarpCopies {
                     "selp.u32 {has_arrived}, 1, 0, arrived;",
                     "}}",
                     has_arrived = out(reg32) has_arrived,
-                    barrier = in(reg32) self.barrier(stage),
-                    parity = in(reg32) parity,
+                    barrier = in(reg32) self.barrier(self.stage),
+                    parity = in(reg32) self.parity,
                     options(nostack, preserves_flags),
                 );
             }

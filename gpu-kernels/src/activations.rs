@@ -8,19 +8,18 @@
 //! like a tile's, and a lane reads the unit that meets its weights.
 
 use crate::formats::tile::TILE_UNITS;
-use crate::formats::{UNIT, UNIT_WORDS, WeightUnit};
+use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
 use bytemuck::{Pod, Zeroable};
 use cuda_std::float::{abs, div_approx, max, mul_add, round_ties_even};
 use cuda_std::shared::DynamicShared;
-use cuda_std::intrinsics::dp4a;
-use cuda_std::warp::{FULL_MASK, lane_id, warp_reduce_add, warp_reduce_max};
+use cuda_std::warp::{FULL_MASK, warp_reduce_max};
 
 /// Values in a Q8_1 block.
 pub const Q8_1_BLOCK: usize = UNIT;
-/// Values that a thread quantizes, an *octet*: two words of integers.
-pub const OCTET: usize = 8;
+/// Values that a thread quantizes: one word of integers.
+pub const VALUES_PER_THREAD: usize = 4;
 /// Neighbouring lanes that share a Q8_1 block.
-pub const LANES_PER_BLOCK: u32 = (Q8_1_BLOCK / OCTET) as u32;
+pub const LANES_PER_BLOCK: u32 = (Q8_1_BLOCK / VALUES_PER_THREAD) as u32;
 
 /// What a Q8_1 block holds besides its integers.
 #[repr(C, align(8))]
@@ -32,31 +31,24 @@ pub struct Q8_1Scale {
     pub sum: i32,
 }
 
-/// Eight values in Q8_1: what [`quantize`] gives each lane.
-#[derive(Clone, Copy, Debug, Default)]
+/// Four values in Q8_1, with the factor of their block: what [`quantize`] gives each lane.
+#[derive(Clone, Copy, Debug)]
 pub struct Quantized {
     /// The integers, lowest column in the lowest byte.
-    pub words: [u32; 2],
-    /// What their block has besides.
-    pub scale: Q8_1Scale,
+    pub word: u32,
+    /// Their block's factor.
+    pub d: f32,
 }
 
-/// Q8_1 of 32 values that lie in four neighbouring lanes, eight each. All lanes of the warp take part.
+/// Q8_1 of 32 values that lie in eight neighbouring lanes, four each. All lanes of the warp take part.
 #[inline(always)]
-pub fn quantize([a, b, c, d, e, f, g, h]: [f32; OCTET]) -> Quantized {
-    let of_4 = |a: f32, b: f32, c: f32, d: f32| max(max(abs(a), abs(b)), max(abs(c), abs(d)));
-    let amax = warp_reduce_max(FULL_MASK, max(of_4(a, b, c, d), of_4(e, f, g, h)), LANES_PER_BLOCK);
+pub fn quantize(values: [f32; VALUES_PER_THREAD]) -> Quantized {
+    let amax = values.iter().fold(0.0, |amax, &value| max(amax, abs(value)));
+    let amax = warp_reduce_max(FULL_MASK, amax, LANES_PER_BLOCK);
     // Blocks of less than any number that matters are 0.
     let inverse = if amax > 1e-36 { div_approx(127.0, amax) } else { 0.0 };
-    let word = |values: [f32; 4]| {
-        let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
-        q0 | q1 << 8 | q2 << 16 | q3 << 24
-    };
-    let words = [word([a, b, c, d]), word([e, f, g, h])];
-    const ONES: i32 = 0x0101_0101;
-    let sum = dp4a(words[0] as i32, ONES, dp4a(words[1] as i32, ONES, 0));
-    let sum = warp_reduce_add(FULL_MASK, sum, LANES_PER_BLOCK);
-    Quantized { words, scale: Q8_1Scale { d: amax * (1.0 / 127.0), sum } }
+    let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
+    Quantized { word: q0 | q1 << 8 | q2 << 16 | q3 << 24, d: amax * (1.0 / 127.0) }
 }
 
 /// A vector in shared memory that tiles of weights can be multiplied with.
@@ -71,9 +63,9 @@ pub trait Activations: Copy {
     /// What a lane holds of it for one unit of weights.
     type Unit: Copy;
 
-    /// Stores eight values, `octet` counting them from the start of the vector; all lanes of the warp take part, those
-    /// beyond the vector with `octet >= n_octets`.
-    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]);
+    /// Stores four values, `word` counting them from the start of the vector; all lanes of the warp take part, those
+    /// beyond the vector with `word >= n_words` and zeros.
+    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]);
 
     /// Reads unit `unit` of those that meet tile `tile`.
     fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Self::Unit;
@@ -82,8 +74,8 @@ pub trait Activations: Copy {
     fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit, sum: f32) -> f32;
 }
 
-/// Q8_1: for each tile the integers of its units, then for each unit its factor, and the factor times the sum of its
-/// integers: 40 bytes a unit. Units beyond the vector's end are zeros.
+/// Q8_1: for each tile planes of the units' first and second 16 integers, and one of their factors, 36 bytes a unit.
+/// The sums are made again from the integers: sooner than lanes could exchange them.
 #[derive(Clone, Copy, Debug)]
 pub struct Q8_1;
 
@@ -96,45 +88,19 @@ pub struct Q8_1Unit {
     pub d: f32,
     /// `d` times the sum of the integers.
     pub d_sum: f32,
-}
-
-/// A lane's part of the units of a Q8_1 vector that meet a tile, for tensor cores.
-#[derive(Clone, Copy, Debug)]
-pub struct Q8_1Tile {
-    /// Of unit `lane / 4` the integers of columns `8 * member` and on, with `member = lane % 4`.
-    pub quants: [u32; 2],
-    /// The factors of units `2 * member` and `2 * member + 1`.
-    pub d: [f32; 2],
-    /// These times the sums of the units' integers.
-    pub d_sum: [f32; 2],
+    /// The sums of the first and the second 16 integers.
+    pub sums: [i32; 2],
 }
 
 impl Q8_1 {
-    /// Stores eight values that are quantized already.
+    /// Stores a word of a block that is quantized already.
     #[inline(always)]
-    pub fn store_quantized(memory: DynamicShared<u32>, octet: usize, Quantized { words, scale }: Quantized) {
-        const PARTS: usize = UNIT / OCTET;
-        let (unit, part) = (octet / PARTS, octet % PARTS);
+    pub fn store_quantized(memory: DynamicShared<u32>, word: usize, quantized: Quantized) {
+        let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
         let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-        let both = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
-        let memory = memory.view::<u64>();
-        memory.set(start / 2 + unit * PARTS + part, both(words[0], words[1]));
+        memory.set(start + (part / 4 * TILE_UNITS + unit) * 4 + part % 4, quantized.word);
         if part == 0 {
-            let d_sum = scale.d * scale.sum as f32;
-            memory.set(start / 2 + TILE_UNITS * PARTS + unit, both(scale.d.to_bits(), d_sum.to_bits()));
-        }
-    }
-
-    /// Reads this lane's part of the units that meet tile `tile`.
-    #[inline(always)]
-    pub fn load_tile(memory: DynamicShared<u32>, tile: usize) -> Q8_1Tile {
-        let (start, lane) = (tile_start::<Self>(tile), lane_id() as usize);
-        let quants = memory.view::<u64>().get(start / 2 + lane);
-        let factors = memory.get4(start + TILE_UNITS * UNIT_WORDS + lane % 4 * 4).map(f32::from_bits);
-        Q8_1Tile {
-            quants: [quants as u32, (quants >> 32) as u32],
-            d: [factors[0], factors[2]],
-            d_sum: [factors[1], factors[3]],
+            memory.set(start + UNIT_WORDS * TILE_UNITS + unit, quantized.d.to_bits());
         }
     }
 }
@@ -146,30 +112,27 @@ fn tile_start<X: Activations>(tile: usize) -> usize {
 }
 
 impl Activations for Q8_1 {
-    const UNIT_WORDS: usize = UNIT_WORDS + 2;
+    const UNIT_WORDS: usize = UNIT_WORDS + 1;
     const MAX_WARPS: u32 = 12;
     const IN_SLABS: bool = false;
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
+    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
         let quantized = quantize(values);
-        if octet < n_octets {
-            Self::store_quantized(memory, octet, quantized);
+        if word < n_words {
+            Self::store_quantized(memory, word, quantized);
         }
     }
 
     #[inline(always)]
     fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Q8_1Unit {
         let start = tile_start::<Self>(tile);
-        let [q0, q1, q2, q3] = memory.get4(start + unit * UNIT_WORDS);
-        let [q4, q5, q6, q7] = memory.get4(start + unit * UNIT_WORDS + 4);
-        let factors = start + TILE_UNITS * UNIT_WORDS + 2 * unit;
-        Q8_1Unit {
-            quants: [q0, q1, q2, q3, q4, q5, q6, q7].map(|word| word as i32),
-            d: f32::from_bits(memory.get(factors)),
-            d_sum: f32::from_bits(memory.get(factors + 1)),
-        }
+        let (low, high) = (memory.get4(start + unit * 4), memory.get4(start + (TILE_UNITS + unit) * 4));
+        let quants = core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32);
+        let d = f32::from_bits(memory.get(start + UNIT_WORDS * TILE_UNITS + unit));
+        let sums = half_sums(quants);
+        Q8_1Unit { quants, d, d_sum: d * (sums[0] + sums[1]) as f32, sums }
     }
 
     #[inline(always)]
@@ -197,14 +160,11 @@ impl Activations for F32Vector {
     type Unit = F32Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
-        const PARTS: usize = UNIT / OCTET;
-        if octet < n_octets {
-            let (unit, part) = (octet / PARTS, octet % PARTS);
+    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
+        if word < n_words {
+            let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
             let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-            let [a, b, c, d, e, f, g, h] = values.map(f32::to_bits);
-            memory.set4(start + (2 * part * TILE_UNITS + unit) * 4, [a, b, c, d]);
-            memory.set4(start + ((2 * part + 1) * TILE_UNITS + unit) * 4, [e, f, g, h]);
+            memory.set4(start + (part * TILE_UNITS + unit) * 4, values.map(f32::to_bits));
         }
     }
 

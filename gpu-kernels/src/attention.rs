@@ -40,8 +40,10 @@ const _: () = assert!(MAX_SPLITS <= SPLIT_POSITIONS as usize);
 
 /// Words of a piece of keys and values.
 const PIECE_WORDS: usize = 512;
-/// Pieces that a warp has in shared memory or on their way.
-const PIECES: u32 = 4;
+/// Pieces that a warp has in shared memory or on their way, where there is room for as many, and at least.
+pub const MOST_PIECES: u32 = 4;
+/// See above.
+pub const LEAST_PIECES: u32 = 2;
 
 /// Positions whose keys and values are a piece.
 #[inline(always)]
@@ -50,10 +52,13 @@ const fn positions_of_piece(head_dim: u32) -> u32 {
     1 << (PIECE_WORDS as u32 / head_dim).ilog2()
 }
 
-/// Bytes of shared memory that a launch asks for: each warp's ring of pieces.
-pub const fn dynamic_shared_bytes() -> u32 {
-    4 * WARPS as u32 * WarpCopies::words(PIECES, PIECE_WORDS as u32)
+/// Bytes of shared memory that a launch asks for: each warp's ring of `pieces` pieces.
+pub const fn dynamic_shared_bytes(pieces: u32) -> u32 {
+    4 * WARPS as u32 * WarpCopies::words(pieces, PIECE_WORDS as u32)
 }
+
+/// Bytes of shared memory, at most, that a block has besides.
+pub const STATIC_SHARED_BYTES: u32 = 40 << 10;
 
 /// Dimensions that a lane holds: 16 bytes of f16.
 const DIMS: usize = 8;
@@ -98,6 +103,8 @@ pub struct Arguments {
     pub n_ctx: u32,
     /// Most blocks that share a context, at most [`MAX_SPLITS`].
     pub n_splits: u32,
+    /// Pieces in a warp's ring.
+    pub pieces: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
@@ -157,8 +164,8 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     let n_pieces = n_cached.div_ceil(piece_positions);
     let rows_of = |piece: u32| (n_cached - piece * piece_positions).min(piece_positions);
     let memory = dynamic_shared!(ATTENTION_PIECES: [u32]);
-    let ring = warp * WarpCopies::words(PIECES, PIECE_WORDS as u32);
-    let mut copies = WarpCopies::new(memory, ring, PIECES, PIECE_WORDS as u32);
+    let ring = warp * WarpCopies::words(a.pieces, PIECE_WORDS as u32);
+    let mut copies = WarpCopies::new(memory, ring, a.pieces, PIECE_WORDS as u32);
     let fetch = |copies: &WarpCopies, ahead: u32, piece: u32| {
         if piece < n_pieces {
             let offset = head_offset + u64::from(start + piece * piece_positions) * u64::from(row_bytes);
@@ -167,9 +174,10 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
             unsafe { copies.start(ahead, from(a.k_cache), from(a.v_cache), rows_of(piece) * row_bytes) };
         }
     };
-    for ahead in 0..PIECES {
+    for ahead in 0..a.pieces {
         fetch(&copies, ahead, warp + ahead * WARPS as u32);
     }
+    sync_warp(FULL_MASK);
     wait_for_previous();
 
     // Weights are powers of 2: the scores' factor turns e^x into 2^x.
@@ -194,7 +202,8 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     if takes_own && has_dims && group_of_warp == 0 {
         let offset = head_offset + u64::from(own * row_bytes + first_dim * 2);
         // SAFETY: the kernel before has written the position; rows are multiples of 32 bytes long.
-        let load = |cache: *const f16| unsafe { ld_global_u32x4(cache.cast::<u8>().add(offset as usize).cast()) };
+        let load =
+            |cache: *const f16| unsafe { ld_global_u32x4(cache.cast::<u8>().add(offset as usize).cast()) };
         (own_key, own_value) = (load(a.k_cache), load(a.v_cache));
     }
 
@@ -248,7 +257,7 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
         if !is_own {
             // All lanes meet here after their last read of the piece: its place is free.
             sync_warp(FULL_MASK);
-            fetch(&copies, 0, piece + PIECES * WARPS as u32);
+            fetch(&copies, 0, piece + a.pieces * WARPS as u32);
             copies.advance();
         }
         piece += WARPS as u32;

@@ -1,7 +1,7 @@
 //! The start of a token: its embedding, and the angles of its position.
 
-use crate::formats::tile::{DeviceTile, Geometry, Place, TILE_ROWS, TILE_UNITS};
-use crate::formats::{Format, UNIT, WeightFormat, WeightUnit};
+use crate::formats::tile::{DeviceTile, Geometry, TILE_ROWS, TILE_UNITS};
+use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::rope::angle;
 use crate::step::Step;

@@ -1,7 +1,7 @@
 //! Packing rows of GGUF blocks into tiles ([`crate::formats::tile`]), once when a model is loaded.
 
 use crate::formats::tile::{Geometry, TILE_ROWS, TILE_UNITS};
-use crate::formats::{Format, UNIT, WeightFormat};
+use crate::formats::{Format, Place, UNIT, WeightFormat};
 use crate::rows::RowOrder;
 use cuda_std::kernel;
 use cuda_std::thread::index_1d;
@@ -16,7 +16,7 @@ pub const BLOCK_DIM: usize = 64;
 ///
 /// # Parameters
 /// - `rows`: `[n_rows, n_cols]` in GGUF blocks
-/// - `tiles`: the packed matrix, zeros before, of at least `first_row + n_rows` rows, as long as `geometry` says
+/// - `tiles`: the packed matrix, of at least `first_row + n_rows` rows, as long as `geometry` says
 /// - `order`: where the matrix's rows stand
 ///
 /// # Thread mapping
@@ -66,7 +66,7 @@ pub unsafe fn pack(
 /// One row of one tile.
 ///
 /// # Safety
-/// As [`WeightFormat::pack`].
+/// As [`WeightFormat::pack`], for all units of the tile.
 #[inline(always)]
 unsafe fn pack_row<F: WeightFormat>(
     rows: *const u8,
@@ -79,9 +79,9 @@ unsafe fn pack_row<F: WeightFormat>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let n_cols_before = tile * TILE_UNITS * UNIT;
-        let n_blocks_before = row * (n_cols / F::BLOCK_LEN) + n_cols_before / F::BLOCK_LEN;
-        let blocks = rows.add(n_blocks_before * F::BLOCK_BYTES);
-        F::pack(blocks, n_cols - n_cols_before, to, n_units, row_of_tile);
+        let row = rows.add(row * (n_cols / F::BLOCK_LEN * F::BLOCK_BYTES));
+        for unit in 0..n_units {
+            F::pack(row, tile * TILE_UNITS + unit, n_cols, to, Place { n_units, row: row_of_tile, unit });
+        }
     }
 }

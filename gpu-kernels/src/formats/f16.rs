@@ -1,7 +1,6 @@
 //! F16: IEEE half-precision floats.
 
-use super::tile::{Place, TileSource};
-use super::{FloatUnit, Format, UNIT, WeightFormat, read_u16};
+use super::{FloatUnit, Format, Place, UNIT, WeightFormat, read_u16, tile::TileSource};
 use cuda_std::float::f16_to_f32;
 
 /// 16-bit floats, unquantized. A tile has four planes, each with eight weights of every unit.
@@ -16,17 +15,17 @@ impl WeightFormat for F16 {
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
-        16 * n_units * 64
+        4 * n_units * 64
     }
 
     #[inline(always)]
-    unsafe fn pack(weights: *const u8, n_cols: usize, tile: *mut u8, n_units: usize, row: usize) {
-        for column in 0..n_units * UNIT {
-            let place = Place { n_units, row, unit: column / UNIT };
-            let at = place.plane(column % UNIT / 8) * 8 + column % 8;
+    unsafe fn pack(row: *const u8, unit: usize, n_cols: usize, tile: *mut u8, place: Place) {
+        for i in 0..UNIT {
+            let column = unit * UNIT + i;
+            let at = (i / 8 * 4 * place.n_units + place.index()) * 8 + i % 8;
             // SAFETY: the column is the row's and the place is inside the tile, as the caller vouches.
             unsafe {
-                let weight = if column < n_cols { read_u16(weights.add(2 * column)) } else { 0 };
+                let weight = if column < n_cols { read_u16(row.add(2 * column)) } else { 0 };
                 *tile.cast::<u16>().add(at) = weight;
             }
         }
@@ -35,7 +34,7 @@ impl WeightFormat for F16 {
     #[inline(always)]
     fn unpack<S: TileSource>(tile: S, place: Place) -> FloatUnit {
         let words: [[u32; 4]; 4] =
-            core::array::from_fn(|plane| tile.u32x4(place.plane(plane) * 16));
+            core::array::from_fn(|plane| tile.u32x4((plane * 4 * place.n_units + place.index()) * 16));
         FloatUnit(core::array::from_fn(|i| f16_to_f32((words[i / 8][i % 8 / 2] >> (16 * (i % 2))) as u16)))
     }
 }

@@ -1,7 +1,6 @@
 //! F32: plain floats.
 
-use super::tile::{Place, TileSource};
-use super::{FloatUnit, Format, UNIT, WeightFormat, read_u32};
+use super::{FloatUnit, Format, Place, UNIT, WeightFormat, read_u32, tile::TileSource};
 
 /// 32-bit floats, unquantized. A tile has eight planes, each with four weights of every unit.
 #[derive(Clone, Copy, Debug)]
@@ -15,17 +14,17 @@ impl WeightFormat for F32 {
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
-        16 * n_units * 128
+        4 * n_units * 128
     }
 
     #[inline(always)]
-    unsafe fn pack(weights: *const u8, n_cols: usize, tile: *mut u8, n_units: usize, row: usize) {
-        for column in 0..n_units * UNIT {
-            let place = Place { n_units, row, unit: column / UNIT };
-            let at = place.plane(column % UNIT / 4) * 4 + column % 4;
+    unsafe fn pack(row: *const u8, unit: usize, n_cols: usize, tile: *mut u8, place: Place) {
+        for i in 0..UNIT {
+            let column = unit * UNIT + i;
+            let at = (i / 4 * 4 * place.n_units + place.index()) * 4 + i % 4;
             // SAFETY: the column is the row's and the place is inside the tile, as the caller vouches.
             unsafe {
-                let weight = if column < n_cols { read_u32(weights.add(4 * column)) } else { 0 };
+                let weight = if column < n_cols { read_u32(row.add(4 * column)) } else { 0 };
                 *tile.cast::<u32>().add(at) = weight;
             }
         }
@@ -34,7 +33,7 @@ impl WeightFormat for F32 {
     #[inline(always)]
     fn unpack<S: TileSource>(tile: S, place: Place) -> FloatUnit {
         let words: [[u32; 4]; 8] =
-            core::array::from_fn(|plane| tile.u32x4(place.plane(plane) * 16));
+            core::array::from_fn(|plane| tile.u32x4((plane * 4 * place.n_units + place.index()) * 16));
         FloatUnit(core::array::from_fn(|i| f32::from_bits(words[i / 4][i % 4])))
     }
 }

@@ -1,12 +1,12 @@
 //! Weight formats: how a GGUF file stores a row of weights, how the row lies in device memory, and how a kernel
 //! reads it there.
 //!
-//! In device memory a matrix is a sequence of [tiles](tile): sixteen rows by up to eight *units* of 32 consecutive
-//! columns, laid out so that tensor cores can take them: a lane of a warp finds its part of both operands and scales in
-//! a few loads. The bytes stay as many. Everything else about a format stays in its file, and a kernel over formats
-//! exists once.
+//! In device memory a matrix is a sequence of [tiles](tile): four rows by up to 32 *units* of 32 consecutive columns,
+//! one unit per lane of a warp. A format takes its GGUF blocks apart into *planes* (all quants of the tile, then all
+//! scales ...), so that the lanes of a warp read neighbouring words of any plane; the bytes stay as many. Everything
+//! else about a format stays in its file, and a kernel over formats exists once.
 //!
-//! Adding a format: its file with [`WeightFormat`], and [`TensorFormat`] if it has integers, a row in [`for_each_format!`].
+//! Adding a format: its file with [`WeightFormat`], a row in [`for_each_format!`].
 
 mod f16;
 mod f32;
@@ -23,10 +23,11 @@ pub use q4_k::Q4_K;
 pub use q6_k::Q6_K;
 pub use q8_0::Q8_0;
 
-use crate::activations::{Q8_1Tile, Q8_1Unit};
+use crate::activations::Q8_1Unit;
 use cuda_std::float::mul_add;
-use cuda_std::intrinsics::dp4a_sum;
-use tile::{Place, TileSource};
+use cuda_std::intrinsics::dp4a;
+use cuda_std::intrinsics::{dp4a_nibbles, dp4a_sum};
+use tile::{TILE_ROWS, TileSource};
 
 /// Columns in a unit: what a lane works on at a time, and as many as a Q8_1 block has.
 pub const UNIT: usize = 32;
@@ -59,26 +60,72 @@ pub trait WeightFormat: Copy {
     /// What a lane holds of one unit.
     type Unit: WeightUnit;
 
-    /// Bytes of a tile of `n_units` units, a multiple of 16. Blocks of several units are tiles of that many.
+    /// Bytes of a tile of `n_units` units by four rows, before rounding up to [`tile::ALIGNMENT`]. Formats with blocks
+    /// of several units have tiles of whole blocks.
     fn tile_bytes(n_units: usize) -> usize;
 
-    /// Writes row `row` of a tile of `n_units` units; columns beyond the row's end become 0.
+    /// Writes unit `unit` of a row of GGUF blocks into a tile; columns beyond the row's end become 0.
     ///
     /// # Safety
-    /// `blocks` must be the GGUF blocks of these units, or `n_cols` single weights where that is fewer; the row must be
-    /// inside the tile at `tile`, which was zeros before, and nobody else may write it.
-    unsafe fn pack(blocks: *const u8, n_cols: usize, tile: *mut u8, n_units: usize, row: usize);
+    /// `row` must hold `n_cols / BLOCK_LEN` blocks, of which unit `unit` is one or a part; `place` must be inside the
+    /// tile at `tile`, and nobody else may write the same row and block of it.
+    unsafe fn pack(row: *const u8, unit: usize, n_cols: usize, tile: *mut u8, place: Place);
 
     /// Reads a unit of a tile.
     fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit;
 }
 
-/// A format of integers, of which tensor cores multiply a tile at a time.
-pub trait TensorFormat: WeightFormat {
-    /// `sums` plus this lane's part of the products of a tile of `n_units` units with the same columns of a Q8_1 vector:
-    /// of row `lane / 4` and of row `lane / 4 + 8`. The four lanes of a row have the whole. All lanes of the warp take
-    /// part.
-    fn dot_tile<S: TileSource>(tile: S, n_units: usize, x: &Q8_1Tile, sums: [f32; 2]) -> [f32; 2];
+/// A unit's place in a tile.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Units in each row of the tile, at most 32.
+    pub n_units: usize,
+    /// The row, 0 to 3.
+    pub row: usize,
+    /// The unit in its row.
+    pub unit: usize,
+}
+
+impl Place {
+    /// The unit's number in a plane that holds the tile's units row by row.
+    #[inline(always)]
+    pub fn index(self) -> usize {
+        self.row * self.n_units + self.unit
+    }
+
+    /// The number of the unit and row in a plane that holds the rows of each unit side by side.
+    #[inline(always)]
+    pub fn by_unit(self) -> usize {
+        self.unit * TILE_ROWS + self.row
+    }
+
+    /// Likewise of the unit's block, where a block has eight units.
+    #[inline(always)]
+    pub fn by_block_of_8(self) -> usize {
+        self.unit / 8 * TILE_ROWS + self.row
+    }
+
+    /// As [`by_unit`](Self::by_unit) for a plane of 16 bytes each, with the rows exchanged from unit to unit so that
+    /// eight lanes which read a row of neighbouring units use all banks of shared memory.
+    #[inline(always)]
+    pub fn by_unit_swizzled(self) -> usize {
+        self.unit * TILE_ROWS + (self.row ^ (self.unit / 2 % TILE_ROWS))
+    }
+}
+
+/// The word of row `row`, of those of all rows. Not by its index, which may be known at run time only: the words would
+/// be put into local memory.
+#[inline(always)]
+fn word_of_row(words: [u32; TILE_ROWS], row: usize) -> u32 {
+    let pair = if row < 2 { [words[0], words[1]] } else { [words[2], words[3]] };
+    if row.is_multiple_of(2) { pair[0] } else { pair[1] }
+}
+
+/// Likewise the half word of row `row`.
+#[inline(always)]
+fn half_of_row(words: [u32; 2], row: usize) -> u16 {
+    let pair = if row < 2 { words[0] } else { words[1] };
+    (pair >> (row % 2 * 16)) as u16
 }
 
 /// A unit in registers.
@@ -93,8 +140,8 @@ pub trait WeightUnit {
 /// A unit of a 4-bit format: `w = scale * q - min`.
 #[derive(Clone, Copy, Debug)]
 pub struct NibbleUnit {
-    /// The integers, four to a word, lowest column in the lowest byte.
-    pub quants: [i32; UNIT_WORDS],
+    /// Byte `i` holds weight `i` below and weight `i + 16` above.
+    pub nibbles: [u32; 4],
     /// The factor.
     pub scale: f32,
     /// What is subtracted from each weight.
@@ -104,42 +151,43 @@ pub struct NibbleUnit {
 impl WeightUnit for NibbleUnit {
     #[inline(always)]
     fn dequantize(&self) -> [f32; UNIT] {
-        core::array::from_fn(|i| self.scale * (self.quants[i / 4] >> (8 * (i % 4)) & 15) as f32 - self.min)
+        let words = unpack_nibbles(self.nibbles);
+        core::array::from_fn(|i| self.scale * (words[i / 4] >> (8 * (i % 4)) & 15) as f32 - self.min)
     }
 
     /// `scale * d8 * dot(q, q8) - min * d8 * sum(q8)`.
     #[inline(always)]
     fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
-        let dot = dp4a_sum(self.quants, x.quants, 0);
+        let dot = dp4a_nibbles(self.nibbles, x.quants);
         mul_add(-self.min, x.d_sum, mul_add(self.scale, x.d * dot as f32, sum))
     }
 }
 
-/// A unit of an integer format: `w = scale * q`, with one scale or with one for each half.
+/// A unit of an integer format: `w = scale * (q - OFFSET)`, with one scale or with one for each half.
 #[derive(Clone, Copy, Debug)]
-pub struct IntegerUnit<const SCALES: usize> {
+pub struct IntegerUnit<const OFFSET: i32, const SCALES: usize> {
     /// The integers, four signed bytes to a word, lowest column in the lowest byte.
     pub quants: [i32; UNIT_WORDS],
     /// The factors.
     pub scales: [f32; SCALES],
 }
 
-impl<const SCALES: usize> WeightUnit for IntegerUnit<SCALES> {
+impl<const OFFSET: i32, const SCALES: usize> WeightUnit for IntegerUnit<OFFSET, SCALES> {
     #[inline(always)]
     fn dequantize(&self) -> [f32; UNIT] {
         core::array::from_fn(|i| {
-            let q = i32::from((self.quants[i / 4] >> (8 * (i % 4))) as i8);
-            self.scales[i * SCALES / UNIT] * q as f32
+            let q = (self.quants[i / 4] >> (8 * (i % 4))) as i8;
+            self.scales[i * SCALES / UNIT] * (i32::from(q) - OFFSET) as f32
         })
     }
 
-    /// `scale * d8 * dot(q, q8)` for each scale.
+    /// `scale * d8 * dot(q - OFFSET, q8)` for each scale.
     #[inline(always)]
     fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
         let [q0, q1, q2, q3, q4, q5, q6, q7] = self.quants;
         let [x0, x1, x2, x3, x4, x5, x6, x7] = x.quants;
-        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3], 0);
-        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7], 0);
+        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3], -OFFSET * x.sums[0]);
+        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7], -OFFSET * x.sums[1]);
         if SCALES == 1 {
             mul_add(self.scales[0], x.d * (low + high) as f32, sum)
         } else {
@@ -172,6 +220,15 @@ impl WeightUnit for FloatUnit {
     }
 }
 
+/// The sums of both halves of a unit's integers.
+#[inline(always)]
+pub fn half_sums(quants: [i32; UNIT_WORDS]) -> [i32; 2] {
+    const ONES: i32 = 0x0101_0101;
+    let sum = |words: [i32; 4]| words.iter().fold(0, |sum, &word| dp4a(word, ONES, sum));
+    let [q0, q1, q2, q3, q4, q5, q6, q7] = quants;
+    [sum([q0, q1, q2, q3]), sum([q4, q5, q6, q7])]
+}
+
 /// Reads two bytes at any address.
 ///
 /// # Safety
@@ -190,6 +247,21 @@ unsafe fn read_u16(bytes: *const u8) -> u16 {
 unsafe fn read_u32(bytes: *const u8) -> u32 {
     // SAFETY: the caller vouches for both halves.
     unsafe { u32::from(read_u16(bytes)) | u32::from(read_u16(bytes.add(2))) << 16 }
+}
+
+/// Packs 32 nibbles into 16 bytes: byte `i` holds weight `i` below and weight `i + 16` above.
+#[inline(always)]
+fn pack_nibbles(weight: impl Fn(usize) -> u8) -> [u32; 4] {
+    core::array::from_fn(|word| {
+        let byte = |i: usize| u32::from(weight(4 * word + i) | weight(4 * word + i + 16) << 4);
+        byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24
+    })
+}
+
+/// The nibbles of 16 bytes as eight words of four bytes, in order of the weights.
+#[inline(always)]
+fn unpack_nibbles(words: [u32; 4]) -> [i32; UNIT_WORDS] {
+    core::array::from_fn(|i| ((words[i % 4] >> (4 * (i / 4))) & 0x0f0f_0f0f) as i32)
 }
 
 macro_rules! define_format {
@@ -226,9 +298,9 @@ macro_rules! define_format {
                 n_cols / self.block_len() * self.block_bytes()
             }
 
-            /// Bytes of a tile of `n_units` units.
+            /// Bytes of a tile of `n_units` units by four rows.
             pub fn tile_bytes(self, n_units: usize) -> usize {
-                match self { $(Format::$Type => <$Type as WeightFormat>::tile_bytes(n_units)),* }
+                match self { $(Format::$Type => tile::aligned_bytes::<$Type>(n_units)),* }
             }
         }
     };

@@ -1,28 +1,26 @@
 //! Q4_K: 256 nibbles in eight sub-blocks of 32, each with a 6-bit scale and a 6-bit minimum;
 //! `w = d * sc * q - dmin * m` (llama.cpp, ggml-common.h).
 
-use super::tile::{PAIR_BYTES, Place, TileSource, nibble_sums, nibble_words, nibbles, pack_nibbles};
-use super::{Format, NibbleUnit, TensorFormat, WeightFormat, read_u32};
-use crate::activations::Q8_1Tile;
-use cuda_std::float::{f16_to_f32, mul_add};
+use super::{Format, NibbleUnit, Place, WeightFormat, pack_nibbles, read_u32, tile::TileSource, word_of_row};
+use cuda_std::float::f16_to_f32;
 use cuda_std::intrinsics::byte;
-use cuda_std::warp::lane_id;
 
 /// 4-bit weights in super-blocks of 256.
 ///
 /// A GGUF block holds `d` and `dmin` (f16), twelve bytes of scales and minimums, and 32 bytes of nibbles for each pair
-/// of sub-blocks, the even one below, the odd one above. A unit is a sub-block, a tile a block of each of its rows. After
-/// the pairs' nibbles come `d` and `dmin` of each row; for each lane a word with a byte for each of its sub-blocks, the
-/// scale below and the low two bits of the minimum above; and for each lane half a word with the high four bits of
-/// these minimums.
+/// of sub-blocks, the even one below, the odd one above. A unit is a sub-block. A tile holds four rows of a block
+/// after the next four ([`GROUP`] bytes each): the units' nibbles; `d` and `dmin` of each row; for each unit a word
+/// with a byte of each row, the scale below and the low two bits of the minimum above; and for each pair of units a
+/// word with a byte of each row, the high four bits of their minimums. So a lane has the scales of four rows at once.
 #[derive(Clone, Copy, Debug)]
 #[allow(non_camel_case_types, reason = "GGUF's name")]
 pub struct Q4_K;
 
-/// Where things start in a tile, in bytes.
-const HEADS: usize = 4 * PAIR_BYTES;
-const SCALES: usize = HEADS + 16 * 4;
-const MINS: usize = SCALES + 32 * 4;
+/// Bytes of four rows of a block, and where in them things start.
+const GROUP: usize = 4 * Q4_K::BLOCK_BYTES;
+const HEADS: usize = 8 * 4 * 16;
+const SCALES: usize = HEADS + 4 * 4;
+const MINS: usize = SCALES + 8 * 4;
 
 /// The 6-bit scale and minimum of sub-block `j`, from the twelve bytes that hold all of them in GGUF.
 ///
@@ -36,17 +34,6 @@ fn scale_and_min(scales: [u32; 3], j: usize) -> (u32, u32) {
     if j < 4 { (low & 63, mid & 63) } else { ((high & 15) | (low >> 6) << 4, (high >> 4) | (mid >> 6) << 4) }
 }
 
-/// The scales and the minimums of a lane's four sub-blocks, a byte each: of row `group` and row `group + 8` the even
-/// sub-block, then of both the odd one.
-#[inline(always)]
-fn scales_and_mins<S: TileSource>(tile: S, lane: usize) -> (u32, u32) {
-    let scales = tile.u32(SCALES + lane * 4);
-    let highs = u32::from(tile.u16(MINS + lane * 2));
-    // Two nibbles of a row are neighbours; the shifted copy puts the second one into a byte of its own.
-    let mins = (highs | highs << 12) & 0x0f0f_0f0f;
-    (scales & 0x3f3f_3f3f, mins << 2 | scales >> 6 & 0x0303_0303)
-}
-
 impl WeightFormat for Q4_K {
     const FORMAT: Format = Format::Q4_K;
     const BLOCK_LEN: usize = 256;
@@ -54,60 +41,45 @@ impl WeightFormat for Q4_K {
     type Unit = NibbleUnit;
 
     #[inline(always)]
-    fn tile_bytes(_n_units: usize) -> usize {
-        MINS + 32 * 2
+    fn tile_bytes(n_units: usize) -> usize {
+        n_units / 8 * GROUP
     }
 
     #[inline(always)]
-    unsafe fn pack(block: *const u8, _n_cols: usize, tile: *mut u8, _n_units: usize, row: usize) {
-        // SAFETY: the block is there and the row is inside the tile, as the caller vouches.
+    unsafe fn pack(row: *const u8, unit: usize, _n_cols: usize, tile: *mut u8, place: Place) {
+        let j = unit % 8;
+        // SAFETY: the block is the row's and the place is inside the tile, as the caller vouches.
         unsafe {
-            for pair in 0..4 {
-                let words = core::array::from_fn(|i| read_u32(block.add(16 + 32 * pair + 4 * i)));
-                pack_nibbles(tile, pair, row, words);
-            }
-            *tile.add(HEADS).cast::<u32>().add(row % 8 * 2 + row / 8) = read_u32(block);
+            let block = row.add(unit / 8 * Self::BLOCK_BYTES);
+            let quants = block.add(16 + j / 2 * 32);
+            let nibbles = pack_nibbles(|i| (*quants.add(i) >> (4 * (j % 2))) & 15);
+            let group = tile.add(unit / 8 % 4 * GROUP);
+            let in_group = Place { unit: j, ..place };
+            *group.cast::<[u32; 4]>().add(in_group.by_unit_swizzled()) = nibbles;
             let packed = [read_u32(block.add(4)), read_u32(block.add(8)), read_u32(block.add(12))];
-            for member in 0..4 {
-                let lane = row % 8 * 4 + member;
-                let (scale, min) = scale_and_min(packed, 2 * member);
-                let (odd_scale, odd_min) = scale_and_min(packed, 2 * member + 1);
-                let scales = tile.add(SCALES + lane * 4 + row / 8);
-                *scales = (scale | min << 6) as u8;
-                *scales.add(2) = (odd_scale | odd_min << 6) as u8;
-                *tile.add(MINS + lane * 2 + row / 8) = (min >> 2 | odd_min >> 2 << 4) as u8;
+            let (scale, min) = scale_and_min(packed, j);
+            *group.add(SCALES + in_group.by_unit()) = (scale | min << 6) as u8;
+            if j.is_multiple_of(2) {
+                let (_, next_min) = scale_and_min(packed, j + 1);
+                *group.add(MINS + j / 2 * 4 + place.row) = (min >> 2 | next_min >> 2 << 4) as u8;
+            }
+            if j == 0 {
+                *group.add(HEADS).cast::<u32>().add(place.row) = read_u32(block);
             }
         }
     }
 
     #[inline(always)]
-    fn unpack<S: TileSource>(tile: S, place: Place) -> NibbleUnit {
-        let head = tile.u32(HEADS + (place.row % 8 * 2 + place.row / 8) * 4);
-        let (scales, mins) = scales_and_mins(tile, place.row % 8 * 4 + place.unit / 2);
-        let of_unit = |bytes: u32| (bytes >> (place.unit % 2 * 16 + place.row / 8 * 8) & 0xff) as f32;
+    fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
+        let (group, j) = (place.unit / 8 * GROUP, place.unit % 8);
+        let nibbles = tile.u32x4(group + Place { unit: j, ..place }.by_unit_swizzled() * 16);
+        // Of all rows, which are read one after the other: what is done for one is done for all.
+        let head = word_of_row(tile.u32x4(group + HEADS), place.row);
+        let scales = tile.u32(group + SCALES + j * 4);
+        let mins = (tile.u32(group + MINS + j / 2 * 4) >> (j % 2 * 4) & 0x0f0f_0f0f) << 2
+            | scales >> 6 & 0x0303_0303;
+        let of_row = |bytes: u32| byte(bytes, place.row as u32) as f32;
         let (d, dmin) = (f16_to_f32(head as u16), f16_to_f32((head >> 16) as u16));
-        NibbleUnit {
-            quants: nibbles(tile, place),
-            scale: d * of_unit(scales),
-            min: dmin * of_unit(mins),
-        }
-    }
-}
-
-impl TensorFormat for Q4_K {
-    #[inline(always)]
-    fn dot_tile<S: TileSource>(tile: S, _n_units: usize, x: &Q8_1Tile, sums: [f32; 2]) -> [f32; 2] {
-        let lane = lane_id() as usize;
-        let [q0, q1, q2, q3] = nibble_sums(nibble_words(tile, 4, lane), x);
-        let [head0, head1] = tile.u32x2(HEADS + lane / 4 * 8);
-        let (scales, mins) = scales_and_mins(tile, lane);
-        let (scale, min) = (|i| byte(scales, i) as f32, |i| byte(mins, i) as f32);
-        let row = |sum: f32, head: u32, even: f32, odd: f32, i: u32| {
-            let product = mul_add(scale(i), even, scale(i + 2) * odd);
-            let minimum = mul_add(min(i), x.d_sum[0], min(i + 2) * x.d_sum[1]);
-            let (d, dmin) = (f16_to_f32(head as u16), f16_to_f32((head >> 16) as u16));
-            mul_add(-dmin, minimum, mul_add(d, product, sum))
-        };
-        [row(sums[0], head0, q0, q1, 0), row(sums[1], head1, q2, q3, 1)]
+        NibbleUnit { nibbles, scale: d * of_row(scales & 0x3f3f_3f3f), min: dmin * of_row(mins) }
     }
 }

@@ -1,13 +1,9 @@
 //! Q6_K: 256 weights of 6 bits in sixteen runs of 16, each with a signed 8-bit scale; `w = d * sc * (q - 32)`
 //! (llama.cpp, ggml-common.h).
 
-use super::tile::{Place, TileSource};
-use super::{Format, IntegerUnit, TensorFormat, WeightFormat, read_u16, read_u32};
-use crate::activations::Q8_1Tile;
-use cuda_std::float::{f16_to_f32, mul_add};
+use super::{Format, IntegerUnit, Place, WeightFormat, half_of_row, read_u16, tile::TileSource};
+use cuda_std::float::f16_to_f32;
 use cuda_std::intrinsics::signed_byte;
-use cuda_std::tensor::{UNITS, mma_half_units};
-use cuda_std::warp::lane_id;
 
 /// 6-bit weights in super-blocks of 256.
 ///
@@ -15,126 +11,95 @@ use cuda_std::warp::lane_id;
 /// below and of weight `i + 64` above; byte `i` of its 32 bytes of high bits has the high two of weights `i`,
 /// `i + 32`, `i + 64` and `i + 96`, lowest first. Then follow sixteen scales and `d` (f16).
 ///
-/// In a tile weights are signed, in the upper six bits of a byte: four times `q - 32`. A lane's four words of a row and
-/// a pair of units (columns `8 * member` and `8 * member + 4` and on, of the even unit and of the odd one) are packed
-/// into three, with the last one in the lower bits of the others, and lie in [`word_at`]. Then follow each lane's
-/// scales, of row `group` four bytes and of row `group + 8`; and `d` of these rows.
+/// A unit in a tile is six words, of eight that have a weight in the low six bits of each byte: words 0 to 2 and 4 to 6
+/// as they are, with the other two in their upper bits: two bits of word 3, lowest first, in words 0, 1 and 2, of word 7
+/// in words 4, 5 and 6. The first four are a plane, the last two another; then follow planes of both scales of each
+/// unit and of the blocks' `d`, rows side by side.
 #[derive(Clone, Copy, Debug)]
 #[allow(non_camel_case_types, reason = "GGUF's name")]
 pub struct Q6_K;
 
-/// Where things start in a tile, in bytes.
-const SCALES: usize = 6 * 32 * 16;
-const D: usize = SCALES + 32 * 8;
+/// Where a tile's planes start, in bytes for each unit of a row.
+const LAST_WORDS: usize = 4 * 16;
+const SCALES: usize = LAST_WORDS + 4 * 8;
+const D: usize = SCALES + 4 * 2;
 
-/// The upper six bits of each byte.
-const UPPER: u32 = 0xfcfc_fcfc;
+/// The low six bits of each byte.
+const SIX_BITS: u32 = 0x3f3f_3f3f;
 
-/// Integers in a tile are four times their value.
-const QUARTER: f32 = 0.25;
-
-/// Where word `i` of three is that a lane has of a pair of units, for its first row or its second: of the lane's 24
-/// words in a tile four are neighbours.
+/// Where the last words of a unit and row are in their plane: the pairs of rows of some units are exchanged, as
+/// [`Place::by_unit_swizzled`] does it.
 #[inline(always)]
-fn word_at(lane: usize, pair: usize, second_row: usize, i: usize) -> usize {
-    let word = pair * 6 + second_row * 3 + i;
-    (word / 4 * 32 + lane) * 16 + word % 4 * 4
+fn last_words_index(place: Place) -> usize {
+    place.unit * 4 + (place.row ^ (place.unit / 4 % 2 * 2))
 }
 
-/// Three words that have a fourth one in the low two bits of their bytes.
+/// Three words that have a fourth one in their upper bits.
 #[inline(always)]
 fn pack_words([w0, w1, w2, w3]: [u32; 4]) -> [u32; 3] {
-    [w0 | w3 >> 6 & !UPPER, w1 | w3 >> 4 & !UPPER, w2 | w3 >> 2 & !UPPER]
+    const TWO_BITS: u32 = 0x0303_0303;
+    let upper = |word: u32, i: u32| word | (w3 >> (2 * i) & TWO_BITS) << 6;
+    [upper(w0, 0), upper(w1, 1), upper(w2, 2)]
 }
 
 /// The four words that [`pack_words`] has packed.
 #[inline(always)]
-fn unpack_words([w0, w1, w2]: [u32; 3]) -> [u32; 4] {
-    [w0 & UPPER, w1 & UPPER, w2 & UPPER, w0 << 6 & 0xc0c0_c0c0 | w1 << 4 & 0x3030_3030 | w2 << 2 & 0x0c0c_0c0c]
+fn unpack_words([w0, w1, w2]: [u32; 3]) -> [i32; 4] {
+    let w3 = w0 >> 6 & 0x0303_0303 | w1 >> 4 & 0x0c0c_0c0c | w2 >> 2 & 0x3030_3030;
+    [w0 & SIX_BITS, w1 & SIX_BITS, w2 & SIX_BITS, w3].map(|word| word as i32)
 }
 
 impl WeightFormat for Q6_K {
     const FORMAT: Format = Format::Q6_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 210;
-    type Unit = IntegerUnit<2>;
+    type Unit = IntegerUnit<32, 2>;
 
     #[inline(always)]
-    fn tile_bytes(_n_units: usize) -> usize {
-        D + 16 * 2
+    fn tile_bytes(n_units: usize) -> usize {
+        n_units * D + n_units / 8 * 4 * 2
     }
 
     #[inline(always)]
-    unsafe fn pack(block: *const u8, _n_cols: usize, tile: *mut u8, _n_units: usize, row: usize) {
-        // SAFETY: the block is there and the row is inside the tile, as the caller vouches.
+    unsafe fn pack(row: *const u8, unit: usize, _n_cols: usize, tile: *mut u8, place: Place) {
+        let (half, quarter) = (unit % 8 / 4, unit % 4);
+        // SAFETY: the block is the row's and the place is inside the tile, as the caller vouches.
         unsafe {
-            // Four weights from column `column` of unit `unit` on.
-            let word = |unit: usize, column: usize| {
-                let (half, quarter) = (unit / 4, unit % 4);
-                let low = read_u32(block.add(64 * half + 32 * (quarter % 2) + column));
-                let high = read_u32(block.add(128 + 32 * half + column));
-                let q = low >> (4 * (quarter / 2)) & 0x0f0f_0f0f | (high >> (2 * quarter) & 0x0303_0303) << 4;
-                // Subtracting 32 flips the sign bit of six.
-                (q ^ 0x2020_2020) << 2
+            let block = row.add(unit / 8 * Self::BLOCK_BYTES);
+            let low = block.add(64 * half + 32 * (quarter % 2));
+            let high = block.add(128 + 32 * half);
+            let weight = |i: usize| {
+                let low = u32::from(*low.add(i) >> (4 * (quarter / 2))) & 15;
+                low | (u32::from(*high.add(i) >> (2 * quarter)) & 3) << 4
             };
-            for member in 0..4 {
-                let lane = row % 8 * 4 + member;
-                for pair in 0..4 {
-                    let of_unit = |unit: usize| [word(unit, 8 * member), word(unit, 8 * member + 4)];
-                    let ([w0, w1], [w2, w3]) = (of_unit(2 * pair), of_unit(2 * pair + 1));
-                    for (i, word) in pack_words([w0, w1, w2, w3]).into_iter().enumerate() {
-                        *tile.add(word_at(lane, pair, row / 8, i)).cast() = word;
-                    }
-                }
-                *tile.add(SCALES + lane * 8 + row / 8 * 4).cast() = read_u32(block.add(192 + 4 * member));
+            let word = |i: usize| {
+                weight(4 * i) | weight(4 * i + 1) << 8 | weight(4 * i + 2) << 16 | weight(4 * i + 3) << 24
+            };
+            let [w0, w1, w2] = pack_words([word(0), word(1), word(2), word(3)]);
+            let [w3, w4, w5] = pack_words([word(4), word(5), word(6), word(7)]);
+            *tile.cast::<[u32; 4]>().add(place.by_unit_swizzled()) = [w0, w1, w2, w3];
+            let last_words = tile.add(place.n_units * LAST_WORDS).cast::<[u32; 2]>();
+            *last_words.add(last_words_index(place)) = [w4, w5];
+            let scales = block.add(192 + unit % 8 * 2);
+            *tile.add(place.n_units * SCALES).cast::<u16>().add(place.by_unit()) = read_u16(scales);
+            if unit.is_multiple_of(8) {
+                let d = tile.add(place.n_units * D).cast::<u16>().add(place.by_block_of_8());
+                *d = read_u16(block.add(208));
             }
-            *tile.add(D + (row % 8 * 2 + row / 8) * 2).cast() = read_u16(block.add(208));
         }
     }
 
     #[inline(always)]
-    fn unpack<S: TileSource>(tile: S, Place { row, unit, .. }: Place) -> Self::Unit {
-        let mut quants = [0; 8];
-        for member in 0..4 {
-            let word = |i: usize| tile.u32(word_at(row % 8 * 4 + member, unit / 2, row / 8, i));
-            let [w0, w1, w2, w3] = unpack_words([word(0), word(1), word(2)]);
-            let [first, second] = if unit.is_multiple_of(2) { [w0, w1] } else { [w2, w3] };
-            (quants[2 * member], quants[2 * member + 1]) = (first as i32, second as i32);
-        }
-        let scales = tile.u16(SCALES + (row % 8 * 4 + unit / 2) * 8 + row / 8 * 4 + unit % 2 * 2);
-        let d = QUARTER * f16_to_f32(tile.u16(D + (row % 8 * 2 + row / 8) * 2));
-        let scale = |half: u32| d * signed_byte(scales.into(), half) as f32;
-        IntegerUnit { quants, scales: [scale(0), scale(1)] }
-    }
-}
-
-impl TensorFormat for Q6_K {
-    #[inline(always)]
-    fn dot_tile<S: TileSource>(tile: S, _n_units: usize, x: &Q8_1Tile, sums: [f32; 2]) -> [f32; 2] {
-        let lane = lane_id() as usize;
-        let mut rows = [[0; 4]; UNITS];
-        for two_pairs in 0..2 {
-            let four = |i: usize| tile.u32x4(((3 * two_pairs + i) * 32 + lane) * 16);
-            let ([a0, a1, a2, b0], [b1, b2, c0, c1], [c2, d0, d1, d2]) = (four(0), four(1), four(2));
-            let mut store = |unit: usize, first: [u32; 3], second: [u32; 3]| {
-                let ([f0, f1, f2, f3], [s0, s1, s2, s3]) = (unpack_words(first), unpack_words(second));
-                rows[unit] = [f0, s0, f1, s1];
-                rows[unit + 1] = [f2, s2, f3, s3];
-            };
-            store(4 * two_pairs, [a0, a1, a2], [b0, b1, b2]);
-            store(4 * two_pairs + 2, [c0, c1, c2], [d0, d1, d2]);
-        }
-        let [firsts, seconds] = mma_half_units::<i8>(rows, x.quants);
-        let scales = tile.u32x2(SCALES + lane * 8);
-        let d = tile.u32(D + lane / 4 * 4);
-        let row = |sum: f32, row: usize, d: u16| {
-            let scale = |i: u32| signed_byte(scales[row], i) as f32;
-            let unit = |i: usize| {
-                let (first, second) = (firsts[2 * row + i] as f32, seconds[2 * row + i] as f32);
-                mul_add(scale(2 * i as u32), first, scale(2 * i as u32 + 1) * second)
-            };
-            mul_add(QUARTER * f16_to_f32(d), mul_add(x.d[0], unit(0), x.d[1] * unit(1)), sum)
-        };
-        [row(sums[0], 0, d as u16), row(sums[1], 1, (d >> 16) as u16)]
+    fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit {
+        let [w0, w1, w2, w3] = tile.u32x4(place.by_unit_swizzled() * 16);
+        // Of two rows or all, which are read one after the other.
+        let last = tile.u32x4(place.n_units * LAST_WORDS + last_words_index(place) / 2 * 16);
+        let [w4, w5] = if place.row.is_multiple_of(2) { [last[0], last[1]] } else { [last[2], last[3]] };
+        let scales = tile.u32x2(place.n_units * SCALES + place.unit * 8);
+        let scales = if place.row < 2 { scales[0] } else { scales[1] };
+        let scale = |half: u32| signed_byte(scales, place.row as u32 % 2 * 2 + half) as f32;
+        let d = f16_to_f32(half_of_row(tile.u32x2(place.n_units * D + place.unit / 8 * 8), place.row));
+        let ([q0, q1, q2, q3], [q4, q5, q6, q7]) = (unpack_words([w0, w1, w2]), unpack_words([w3, w4, w5]));
+        IntegerUnit { quants: [q0, q1, q2, q3, q4, q5, q6, q7], scales: [d * scale(0), d * scale(1)] }
     }
 }

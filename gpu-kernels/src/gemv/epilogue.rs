@@ -1,6 +1,8 @@
 //! What becomes of a product: one thread finishes the four rows of a quad.
 
 use super::MatrixRef;
+use super::stream::Quad;
+use crate::formats::tile::TILE_ROWS;
 use crate::math::silu;
 use crate::rope::rotate;
 use crate::step::Step;
@@ -8,18 +10,6 @@ use cuda_std::float::f32_to_f16;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::shared::DynamicShared;
 use half::f16;
-
-/// Rows that one thread finishes together: a *quad*.
-pub const QUAD_ROWS: usize = 4;
-
-/// A quad: of which matrix, and its number there.
-#[derive(Clone, Copy)]
-pub struct Quad {
-    /// The matrix.
-    pub part: u32,
-    /// Counted from the matrix's first.
-    pub number: u32,
-}
 
 /// What finishing a quad needs besides the sums; it waits in shared memory, where it takes no registers.
 pub trait Prepared: Copy + Default {
@@ -43,7 +33,7 @@ impl Prepared for () {
     fn load(_memory: DynamicShared<u32>, _at: usize) {}
 }
 
-impl Prepared for [f32; QUAD_ROWS] {
+impl Prepared for [f32; TILE_ROWS] {
     const WORDS: u32 = 4;
 
     #[inline(always)]
@@ -75,7 +65,7 @@ pub trait Epilogue: Copy {
     ///
     /// # Safety
     /// As [`prepare`](Self::prepare); no other thread finishes the quad.
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; QUAD_ROWS], prepared: Self::Prepared);
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: Self::Prepared);
 }
 
 /// Stores the product: `y = W x`, rows in natural order.
@@ -91,12 +81,12 @@ pub struct Store {
 /// # Safety
 /// `y` must have `n_rows` values, at a multiple of 16 bytes.
 #[inline(always)]
-unsafe fn store(y: *mut f32, quad: Quad, n_rows: u32, values: [f32; QUAD_ROWS]) {
-    let first = quad.number * QUAD_ROWS as u32;
+unsafe fn store(y: *mut f32, quad: Quad, n_rows: u32, values: [f32; TILE_ROWS]) {
+    let first = quad.number * TILE_ROWS as u32;
     // SAFETY: the rows are the matrix's.
     unsafe {
         let y = y.add(first as usize);
-        if first + QUAD_ROWS as u32 <= n_rows {
+        if first + TILE_ROWS as u32 <= n_rows {
             st_global_u32x4(y.cast(), values.map(f32::to_bits));
         } else {
             let [v0, v1, v2, _] = values;
@@ -119,7 +109,7 @@ impl Epilogue for Store {
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; QUAD_ROWS], (): ()) {
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
         // SAFETY: the caller's promise.
         unsafe { store(self.y, quad, matrix.n_rows, sums) }
     }
@@ -135,12 +125,12 @@ pub struct Add {
 
 impl Epilogue for Add {
     const NORMALISES: bool = false;
-    type Prepared = [f32; QUAD_ROWS];
+    type Prepared = [f32; TILE_ROWS];
 
     #[inline(always)]
-    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> [f32; QUAD_ROWS] {
+    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> [f32; TILE_ROWS] {
         // SAFETY: the quad starts inside `y`.
-        unsafe { ld_global_u32x4(self.y.add(quad.number as usize * QUAD_ROWS).cast()).map(f32::from_bits) }
+        unsafe { ld_global_u32x4(self.y.add(quad.number as usize * TILE_ROWS).cast()).map(f32::from_bits) }
     }
 
     #[inline(always)]
@@ -148,8 +138,8 @@ impl Epilogue for Add {
         &self,
         quad: Quad,
         matrix: MatrixRef,
-        [s0, s1, s2, s3]: [f32; QUAD_ROWS],
-        [y0, y1, y2, y3]: [f32; QUAD_ROWS],
+        [s0, s1, s2, s3]: [f32; TILE_ROWS],
+        [y0, y1, y2, y3]: [f32; TILE_ROWS],
     ) {
         // SAFETY: the caller's promise.
         unsafe { store(self.y, quad, matrix.n_rows, [y0 + s0, y1 + s1, y2 + s2, y3 + s3]) }
@@ -174,9 +164,9 @@ impl Epilogue for StoreOrdered {
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; QUAD_ROWS], (): ()) {
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
         let store = |i: usize, sum: f32| {
-            let place = quad.number as usize * QUAD_ROWS + i;
+            let place = quad.number as usize * TILE_ROWS + i;
             if place < matrix.n_rows as usize {
                 let row = matrix.order.row_at(place);
                 // SAFETY: the row is one of the matrix's.
@@ -214,7 +204,7 @@ impl Epilogue for Swiglu {
         &self,
         quad: Quad,
         _matrix: MatrixRef,
-        [gate0, gate1, up0, up1]: [f32; QUAD_ROWS],
+        [gate0, gate1, up0, up1]: [f32; TILE_ROWS],
         (): (),
     ) {
         // SAFETY: the quad's two gates are inside `y`, which is even.
@@ -256,7 +246,7 @@ pub struct Qkv {
 /// What a quad of queries, keys or values needs besides the products.
 #[derive(Clone, Copy, Default)]
 pub struct QkvPrepared {
-    bias: [f32; QUAD_ROWS],
+    bias: [f32; TILE_ROWS],
     /// Of both pairs of the quad.
     rotation: [[f32; 2]; 2],
     position: u32,
@@ -288,7 +278,7 @@ impl Prepared for QkvPrepared {
 struct Rows {
     head: u32,
     place: u32,
-    rows: [u32; QUAD_ROWS],
+    rows: [u32; TILE_ROWS],
 }
 
 impl Qkv {
@@ -301,7 +291,7 @@ impl Qkv {
     /// The rows of a quad of part `part`, as the order of its matrix has them.
     #[inline(always)]
     fn rows(&self, quad: Quad) -> Rows {
-        let first = quad.number * QUAD_ROWS as u32;
+        let first = quad.number * TILE_ROWS as u32;
         let head = ((u64::from(first) * u64::from(self.per_head_dim)) >> 32) as u32;
         let place = first - head * self.head_dim;
         // Pairs stand side by side: of the second pair of the quad either value is one further than of the first.
@@ -332,7 +322,7 @@ impl Epilogue for Qkv {
         // SAFETY: the rows are the matrix's, since heads are whole quads; the pair is one that is rotated.
         unsafe {
             let bias = if bias.is_null() {
-                [0.0; QUAD_ROWS]
+                [0.0; TILE_ROWS]
             } else {
                 [
                     *bias.add(rows[0] as usize),
@@ -351,7 +341,7 @@ impl Epilogue for Qkv {
     }
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, _matrix: MatrixRef, sums: [f32; QUAD_ROWS], prepared: QkvPrepared) {
+    unsafe fn finish(&self, quad: Quad, _matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: QkvPrepared) {
         let QkvPrepared { bias, rotation: [pair0, pair1], position } = prepared;
         let Rows { head, rows: [r0, r1, r2, r3], .. } = self.rows(quad);
         let [a0, b0] = rotate([sums[0] + bias[0], sums[1] + bias[1]], pair0);

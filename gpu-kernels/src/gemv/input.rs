@@ -1,9 +1,8 @@
 //! The vector that a matrix is multiplied with, and its way into shared memory.
 
 use super::MAX_WARPS;
-use crate::activations::{Activations, OCTET, Q8_1, Q8_1Scale, Quantized};
-use crate::formats::tile::TILE_UNITS;
-use crate::formats::UNIT;
+use crate::activations::{Activations, Q8_1, Q8_1Scale, Quantized, VALUES_PER_THREAD};
+use crate::formats::{UNIT, UNIT_WORDS};
 use cuda_std::float::mul_add;
 use cuda_std::memory::ld_global_u32x4;
 use cuda_std::shared::DynamicShared;
@@ -43,135 +42,118 @@ impl Input {
         !self.gamma.is_null()
     }
 
-    /// Puts the units that meet tiles `first_tile` to `first_tile + n_tiles` into shared memory, zeros beyond the
-    /// vector's end; all threads of the block take part. Gives the sum of the squares of what this thread has read where
-    /// it normalises. `factors` are those of the first round.
+    /// Puts units `first_unit` to `first_unit + n_units` into shared memory; all threads of the block take part. Gives
+    /// the sum of the squares of what this thread has read where it normalises.
     ///
     /// RMSNorm (Zhang and Sennrich, 2019) is `x * gamma / sqrt(mean(x^2) + eps)`. Here `x * gamma` is stored; the
     /// products get the common factor at the end, so that nothing waits for the sum. Q8_1 of `x * gamma` has the
     /// integers that Q8_1 of the normalised vector has.
     ///
     /// # Safety
-    /// The vector must be as the fields say, in device memory, and the tiles' first units inside it; the shared memory
-    /// must have room from its start on; with `may_normalise` unset, nothing is to be normalised.
+    /// The vector must be as the fields say, in device memory, and the units inside it; the shared memory must have
+    /// room from its start on; with `may_normalise` unset, nothing is to be normalised.
     #[inline(always)]
     pub unsafe fn load<X: Activations>(
         &self,
         memory: DynamicShared<u32>,
-        first_tile: u32,
-        n_tiles: u32,
+        first_unit: u32,
+        n_units: u32,
         may_normalise: bool,
-        factors: Factors,
     ) -> f32 {
-        const PARTS: u32 = (UNIT / OCTET) as u32;
-        const TILE_OCTETS: u32 = TILE_UNITS as u32 * PARTS;
         let (thread, block_dim) = (thread_idx_x(), block_dim_x());
-        let (first_octet, n_octets) = (first_tile * TILE_OCTETS, n_tiles * TILE_OCTETS);
+        let (first_word, n_words) = (first_unit * UNIT_WORDS as u32, n_units * UNIT_WORDS as u32);
         if self.values.is_null() {
-            let mut octet = thread;
-            while octet < n_octets {
-                let of_vector = first_octet + octet;
-                let quantized = if of_vector < self.n_units() * PARTS {
-                    // SAFETY: the octet and its block are inside the vector.
-                    unsafe {
-                        let words = *self.quants.cast::<[u32; 2]>().add(of_vector as usize);
-                        Quantized { words, scale: *self.scales.add((of_vector / PARTS) as usize) }
-                    }
-                } else {
-                    Quantized::default()
+            let mut word = thread;
+            while word < n_words {
+                // SAFETY: the word and its block are inside the vector.
+                let quantized = unsafe {
+                    let scale = *self.scales.add(((first_word + word) / UNIT_WORDS as u32) as usize);
+                    Quantized { word: *self.quants.add((first_word + word) as usize), d: scale.d }
                 };
-                Q8_1::store_quantized(memory, octet as usize, quantized);
-                octet += block_dim;
+                Q8_1::store_quantized(memory, word as usize, quantized);
+                word += block_dim;
             }
             return 0.0;
         }
 
         // Warps stay whole: the lanes of a unit quantize it together.
-        let warp_octet = thread / WARP_SIZE * WARP_SIZE;
+        let warp_word = thread / WARP_SIZE * WARP_SIZE;
         let normalises = may_normalise && self.is_normalised();
         let mut square_sum = 0.0;
-        let (mut round, mut factors) = (0, factors);
-        while warp_octet + round < n_octets {
-            if first_octet + round > 0 {
-                // SAFETY: the vector is as the fields say.
-                factors = unsafe { self.fetch_factors(first_octet + round, normalises) };
-            }
+        let mut round = 0;
+        while round < n_words {
             // SAFETY: the vector is as the fields say.
-            let fetch = |i: u32| unsafe {
-                let octet = first_octet + round + i * block_dim + thread;
-                [self.fetch(2 * octet), self.fetch(2 * octet + 1)]
-            };
-            let mut store = |i: u32, [low, high]: [[f32; 4]; 2], [low_factors, high_factors]: [[f32; 4]; 2]| {
-                let octet = round + i * block_dim + thread;
-                if warp_octet + round + i * block_dim < n_octets {
-                    let first_word = 2 * (first_octet + octet);
-                    let ([a, b, c, d], low) = self.scale(first_word, low, low_factors, normalises);
-                    let ([e, f, g, h], high) = self.scale(first_word + 1, high, high_factors, normalises);
-                    square_sum += low + high;
-                    X::store(memory, n_octets as usize, octet as usize, [a, b, c, d, e, f, g, h]);
+            let fetch =
+                |i: u32| unsafe { self.fetch(first_word + round + i * block_dim + thread, normalises) };
+            let mut store = |i: u32, fetched: Fetched| {
+                let word = round + i * block_dim;
+                if warp_word + word < n_words {
+                    let (values, squares) = self.scale(first_word + word + thread, fetched, may_normalise);
+                    square_sum += squares;
+                    X::store(memory, n_words as usize, (word + thread) as usize, values);
                 }
             };
-            // Both are on their way at once.
-            let (first, second) = (fetch(0), fetch(1));
-            store(0, first, factors[0]);
-            store(1, second, factors[1]);
-            round += 2 * block_dim;
+            // A batch is on its way at once. Written out: an array that is filled by a closure would lie in local memory.
+            macro_rules! batch {
+                ($($fetched:ident = $i:literal),*) => {
+                    $(let $fetched = fetch($i);)*
+                    $(store($i, $fetched);)*
+                };
+            }
+            if may_normalise {
+                // These have factors besides, and are the hidden state, which is shorter.
+                batch!(f0 = 0, f1 = 1, f2 = 2);
+                round += 3 * block_dim;
+            } else {
+                batch!(f0 = 0, f1 = 1, f2 = 2, f3 = 3, f4 = 4, f5 = 5);
+                round += 6 * block_dim;
+            }
         }
         square_sum
     }
 
-    /// The factors of the octets that this thread has in the round that starts with octet `round`.
-    ///
-    /// # Safety
-    /// `gamma` must be as its field says.
-    #[inline(always)]
-    pub unsafe fn fetch_factors(&self, round: u32, normalises: bool) -> Factors {
-        let factors = |octet: u32| {
-            if !normalises {
-                return [[1.0; 4]; 2];
-            }
-            let words = [self.place(2 * octet), self.place(2 * octet + 1)];
-            // SAFETY: inside gamma, whose memory is a multiple of 16 bytes long.
-            words.map(|at| unsafe { ld_global_u32x4(self.gamma.add(at).cast()).map(f32::from_bits) })
-        };
-        let octet = round + thread_idx_x();
-        [factors(octet), factors(octet + block_dim_x())]
-    }
-
-    /// Where four values start; beyond the vector's end these are its last ones.
-    #[inline(always)]
-    fn place(&self, word: u32) -> usize {
-        word.min(self.n.div_ceil(4) - 1) as usize * 4
-    }
-
-    /// Values `4 * word` and on.
+    /// Values `4 * word` and on, and their factors; those of the vector's last word beyond its end.
     ///
     /// # Safety
     /// As [`load`](Self::load).
     #[inline(always)]
-    unsafe fn fetch(&self, word: u32) -> [f32; 4] {
+    unsafe fn fetch(&self, word: u32, normalises: bool) -> Fetched {
+        let last = self.n.div_ceil(VALUES_PER_THREAD as u32) - 1;
+        let first = word.min(last) as usize * VALUES_PER_THREAD;
         // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
-        unsafe { ld_global_u32x4(self.values.add(self.place(word)).cast()).map(f32::from_bits) }
+        unsafe {
+            let values = ld_global_u32x4(self.values.add(first).cast());
+            let gamma =
+                if normalises { ld_global_u32x4(self.gamma.add(first).cast()) } else { [1f32.to_bits(); 4] };
+            Fetched { values: values.map(f32::from_bits), gamma: gamma.map(f32::from_bits) }
+        }
     }
 
     /// Values with their factors, zeros beyond the vector's end, and the sum of the values' squares.
     #[inline(always)]
-    fn scale(&self, word: u32, x: [f32; 4], factors: [f32; 4], normalises: bool) -> ([f32; 4], f32) {
-        let mut x = x;
-        if 4 * word + 4 > self.n {
-            let keep = |i: u32, value: f32| if 4 * word + i < self.n { value } else { 0.0 };
+    fn scale(&self, word: u32, fetched: Fetched, may_normalise: bool) -> ([f32; VALUES_PER_THREAD], f32) {
+        let Fetched { values: mut x, gamma } = fetched;
+        let first = word * VALUES_PER_THREAD as u32;
+        if first + VALUES_PER_THREAD as u32 > self.n {
+            let keep = |i: u32, value: f32| if first + i < self.n { value } else { 0.0 };
             x = [keep(0, x[0]), keep(1, x[1]), keep(2, x[2]), keep(3, x[3])];
         }
-        if !normalises {
+        if !may_normalise {
             return (x, 0.0);
         }
         let squares = mul_add(x[0], x[0], x[1] * x[1]) + mul_add(x[2], x[2], x[3] * x[3]);
-        ([x[0] * factors[0], x[1] * factors[1], x[2] * factors[2], x[3] * factors[3]], squares)
+        // What lies beyond the end of gamma may be anything, but not what stands in for it here.
+        let scaled = |i: usize| if x[i] == 0.0 { 0.0 } else { x[i] * gamma[i] };
+        ([scaled(0), scaled(1), scaled(2), scaled(3)], squares)
     }
 }
 
-/// The factors of two octets.
-pub type Factors = [[[f32; 4]; 2]; 2];
+/// What a thread has read of a vector.
+#[derive(Clone, Copy)]
+struct Fetched {
+    values: [f32; VALUES_PER_THREAD],
+    gamma: [f32; VALUES_PER_THREAD],
+}
 
 /// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.
 #[inline(always)]

@@ -1,8 +1,8 @@
 //! Matrix-vector products with quantized weights, and what surrounds them in a layer.
 //!
 //! Every one of these kernels goes the same way, [`run`]: start streaming the matrix ([`stream`]), wait for the kernel
-//! before, put the vector into shared memory, normalised and quantized ([`input`]), multiply on tensor cores
-//! ([`cuda_std::tensor`]), and let one thread finish each four rows ([`epilogue`]). They differ in what finishing means. Weights are on their way before the
+//! before, put the vector into shared memory, normalised and quantized ([`input`]), multiply, and let one thread
+//! finish each four rows ([`epilogue`]). They differ in what finishing means. Weights are on their way before the
 //! kernel before has ended, since they depend on nothing: between two products memory never idles.
 //!
 //! Bytes moved: the matrix once, plus the vector once per block, from the L2 cache.
@@ -12,8 +12,8 @@ pub mod input;
 pub mod stream;
 
 use crate::activations::{Activations, F32Vector, Q8_1};
-use crate::formats::tile::{Place, SharedTile, TILE_ROWS, TILE_UNITS};
-use crate::formats::{Format, TensorFormat, WeightFormat};
+use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
+use crate::formats::{Format, Place, WeightFormat};
 use crate::rows::RowOrder;
 use core::marker::PhantomData;
 use cuda_std::float::{mul_add, rsqrt};
@@ -23,16 +23,14 @@ use cuda_std::launch::Kernel;
 use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_n, warp_shuffle_xor};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
-use epilogue::{Add, Epilogue, Prepared as _, QUAD_ROWS, Qkv, Quad, Store, StoreOrdered, Swiglu};
+use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
 use stream::{Deal, Share, Stream};
 
 /// Most warps in a block, whatever the activations.
 const MAX_WARPS: u32 = 12;
-/// Quads in a band.
-const QUADS: u32 = (TILE_ROWS / QUAD_ROWS) as u32;
 /// Words of shared memory for the warps' sums of squares.
 const SQUARES_WORDS: u32 = MAX_WARPS;
 
@@ -44,16 +42,16 @@ pub struct MatrixRef {
     pub tiles: *const u8,
     /// A [`Format`].
     pub format: u32,
-    /// Rows; the last band is filled up.
+    /// Rows; the last quad is filled up.
     pub n_rows: u32,
-    /// Bands of sixteen rows.
-    pub n_bands: u32,
-    /// Bytes of a tile of eight units.
+    /// Quads of four rows.
+    pub n_quads: u32,
+    /// Bytes of a tile of 32 units.
     pub tile_bytes: u32,
     /// Bytes of the last tile of a row, which may be shorter.
     pub last_tile_bytes: u32,
-    /// Bytes of a band.
-    pub band_bytes: u32,
+    /// Bytes of a quad.
+    pub quad_bytes: u32,
     /// The order of the rows.
     pub order: RowOrder,
 }
@@ -62,11 +60,11 @@ pub struct MatrixRef {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
-    /// Bands that each block has to finish.
+    /// Quads that each block has to finish.
     pub turns: u32,
-    /// The first so many blocks have a band more.
+    /// The first so many blocks have a quad more.
     pub blocks_with_more: u32,
-    /// Tiles of a band whose part of the vector fits into shared memory at once: all, unless the activations come in
+    /// Tiles of a quad whose part of the vector fits into shared memory at once: all, unless the activations come in
     /// slabs.
     pub slab_tiles: u32,
     /// Tiles that a warp has in shared memory or on their way, at most 32.
@@ -82,18 +80,18 @@ impl Schedule {
         self.slab_tiles * TILE_UNITS as u32 * unit_words
     }
 
-    /// Words of shared memory for the sums of a block's bands, of each warp that shares one: from one place to the next
-    /// it is another band, another warp, or both.
+    /// Words of shared memory for the sums of a block's quads, of each warp that shares one: from one place to the next
+    /// it is another quad, another warp, or both.
     #[inline(always)]
     pub fn sums_words(self, n_warps: u32) -> u32 {
         (self.turns + 1 + n_warps) * TILE_ROWS as u32
     }
 
-    /// Words of shared memory for what is known beforehand: which warps share a band, and the `prepared_words` words
-    /// that the epilogue of a quad needs.
+    /// Words of shared memory for what is known of each quad beforehand: which warps share it, and the `prepared_words`
+    /// words that its epilogue needs.
     #[inline(always)]
     pub fn prepared_words(self, prepared_words: u32) -> u32 {
-        (self.turns + 1).next_multiple_of(4) + (self.turns + 1) * QUADS * prepared_words
+        (self.turns + 1).next_multiple_of(4) + (self.turns + 1) * prepared_words
     }
 
     /// Words of shared memory in all, for `n_warps` warps, `unit_words` words of the vector to a unit, and
@@ -118,159 +116,88 @@ kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 
 /// How the products of a tile are made.
 pub trait Dots {
-    /// The activations.
-    type X: Activations;
-    /// What a lane has of the sums of a band.
-    type Sums: Copy + Default;
-    /// Whether two tiles are worked on side by side.
-    const BY_TWOS: bool;
-
-    /// `sums` plus the products of a tile of `n_units` units with the part of the vector that meets it, the `tile`-th
-    /// in shared memory. All lanes of the warp take part.
-    fn add(
+    /// `sums` plus the products of the tile's four rows with the vector's unit of this lane.
+    fn dots<X: Activations>(
         format: u32,
-        source: SharedTile,
+        tile: SharedTile,
         n_units: usize,
-        memory: DynamicShared<u32>,
-        tile: usize,
-        sums: Self::Sums,
-    ) -> Self::Sums;
-
-    /// As [`add`](Self::add), of a whole tile and the one after it, which has `n_units` units.
-    #[inline(always)]
-    fn add_two(
-        format: u32,
-        sources: [SharedTile; 2],
-        n_units: usize,
-        memory: DynamicShared<u32>,
-        tile: usize,
-        sums: Self::Sums,
-    ) -> Self::Sums {
-        let sums = Self::add(format, sources[0], TILE_UNITS, memory, tile, sums);
-        Self::add(format, sources[1], n_units, memory, tile + 1, sums)
-    }
-
-    /// Hands each row's sum to `put`, in one lane. All lanes of the warp take part.
-    fn finish(sums: Self::Sums, put: impl Fn(usize, f32));
+        unit: usize,
+        x: &X::Unit,
+        sums: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS];
 }
 
-/// On tensor cores, of Q8_1 activations and tiles that all have one format.
-pub struct Tensor<F>(PhantomData<F>);
+/// Of tiles that all have one format.
+pub struct One<F>(PhantomData<F>);
 
-impl<F: TensorFormat> Dots for Tensor<F> {
-    type X = Q8_1;
-    type Sums = [f32; 2];
-    const BY_TWOS: bool = true;
-
+impl<F: WeightFormat> Dots for One<F> {
     #[inline(always)]
-    fn add(
+    fn dots<X: Activations>(
         _: u32,
-        source: SharedTile,
+        tile: SharedTile,
         n_units: usize,
-        memory: DynamicShared<u32>,
-        tile: usize,
-        sums: [f32; 2],
-    ) -> [f32; 2] {
-        F::dot_tile(source, n_units, &Q8_1::load_tile(memory, tile), sums)
+        unit: usize,
+        x: &X::Unit,
+        [s0, s1, s2, s3]: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS] {
+        // Written out: an array of closures' results would be filled in a loop, with `x` in local memory.
+        [
+            X::dot(&F::unpack(tile, Place { n_units, row: 0, unit }), x, s0),
+            X::dot(&F::unpack(tile, Place { n_units, row: 1, unit }), x, s1),
+            X::dot(&F::unpack(tile, Place { n_units, row: 2, unit }), x, s2),
+            X::dot(&F::unpack(tile, Place { n_units, row: 3, unit }), x, s3),
+        ]
     }
+}
 
+/// Of tiles that have one of two formats; it is the same for all lanes of the warp.
+pub struct Either<F, G>(PhantomData<(F, G)>);
+
+impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     #[inline(always)]
-    fn finish([first, second]: [f32; 2], put: impl Fn(usize, f32)) {
-        let (group, member) = (lane_id() as usize / 4, lane_id() as usize % 4);
-        // Of two neighbours one adds up the first row, the other the second.
-        let (keep, give) = if member.is_multiple_of(2) { (first, second) } else { (second, first) };
-        let sum = keep + warp_shuffle_xor(FULL_MASK, give, 1, WARP_SIZE);
-        let sum = sum + warp_shuffle_xor(FULL_MASK, sum, 2, WARP_SIZE);
-        if member < 2 {
-            put(group + 8 * member, sum);
+    fn dots<X: Activations>(
+        format: u32,
+        tile: SharedTile,
+        n_units: usize,
+        unit: usize,
+        x: &X::Unit,
+        sums: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS] {
+        if format == F::FORMAT as u32 {
+            One::<F>::dots::<X>(format, tile, n_units, unit, x, sums)
+        } else {
+            One::<G>::dots::<X>(format, tile, n_units, unit, x, sums)
         }
     }
 }
 
-/// On tensor cores, of tiles that have one of two formats.
-pub struct TensorOf<F, G>(PhantomData<(F, G)>);
+/// Of tiles of any format, which is the same for all lanes of the warp.
+pub struct Any;
 
-impl<F: TensorFormat, G: TensorFormat> Dots for TensorOf<F, G> {
-    type X = Q8_1;
-    type Sums = [f32; 2];
-    const BY_TWOS: bool = true;
-
+impl Dots for Any {
     #[inline(always)]
-    fn add(
+    fn dots<X: Activations>(
         format: u32,
-        source: SharedTile,
+        tile: SharedTile,
         n_units: usize,
-        memory: DynamicShared<u32>,
-        tile: usize,
-        sums: [f32; 2],
-    ) -> [f32; 2] {
-        if format == F::FORMAT as u32 {
-            Tensor::<F>::add(format, source, n_units, memory, tile, sums)
-        } else {
-            Tensor::<G>::add(format, source, n_units, memory, tile, sums)
-        }
-    }
-
-    #[inline(always)]
-    fn add_two(
-        format: u32,
-        sources: [SharedTile; 2],
-        n_units: usize,
-        memory: DynamicShared<u32>,
-        tile: usize,
-        sums: [f32; 2],
-    ) -> [f32; 2] {
-        // Both in one branch: they are worked on side by side.
-        if format == F::FORMAT as u32 {
-            Tensor::<F>::add_two(format, sources, n_units, memory, tile, sums)
-        } else {
-            Tensor::<G>::add_two(format, sources, n_units, memory, tile, sums)
-        }
-    }
-
-    #[inline(always)]
-    fn finish(sums: [f32; 2], put: impl Fn(usize, f32)) {
-        Tensor::<F>::finish(sums, put);
-    }
-}
-
-/// Without tensor cores, of any activations and of tiles of any format: a lane has one unit of four rows.
-pub struct Any<X>(PhantomData<X>);
-
-impl<X: Activations> Dots for Any<X> {
-    type X = X;
-    type Sums = [f32; 4];
-    const BY_TWOS: bool = false;
-
-    #[inline(always)]
-    fn add(
-        format: u32,
-        source: SharedTile,
-        n_units: usize,
-        memory: DynamicShared<u32>,
-        tile: usize,
-        sums: [f32; 4],
-    ) -> [f32; 4] {
-        let lane = lane_id() as usize;
-        let (first_row, unit) = (lane / TILE_UNITS * 4, lane % TILE_UNITS);
-        if unit >= n_units {
-            return sums;
-        }
-        let x = X::load(memory, tile, unit);
+        unit: usize,
+        x: &X::Unit,
+        sums: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS] {
         // Row by row, in a loop that the compiler cannot unroll since it does not know where it ends: all formats in
         // one kernel are much code as it is.
-        let n_rows = if n_units <= TILE_UNITS { 4 } else { 0 };
+        let n_rows = if n_units <= TILE_UNITS { TILE_ROWS } else { 0 };
         let mut sums = sums;
         let mut row = 0;
         while row < n_rows {
-            let place = Place { n_units, row: first_row + row, unit };
+            let place = Place { n_units, row, unit };
             // The rows' sums go round.
             let [first, s1, s2, s3] = sums;
             macro_rules! dispatch {
                 ($(($Type:ident, $name:ident))*) => {
                     match format {
                         $(f if f == Format::$Type as u32 =>
-                            X::dot(&<crate::formats::$Type>::unpack(source, place), &x, first),)*
+                            X::dot(&<crate::formats::$Type>::unpack(tile, place), x, first),)*
                         _ => first,
                     }
                 };
@@ -280,28 +207,15 @@ impl<X: Activations> Dots for Any<X> {
         }
         sums
     }
-
-    #[inline(always)]
-    fn finish(sums: [f32; 4], put: impl Fn(usize, f32)) {
-        let [s0, s1, s2, s3] = warp_reduce_add_n(FULL_MASK, sums, TILE_UNITS as u32);
-        let lane = lane_id() as usize;
-        if lane.is_multiple_of(TILE_UNITS) {
-            let first_row = lane / TILE_UNITS * 4;
-            put(first_row, s0);
-            put(first_row + 1, s1);
-            put(first_row + 2, s2);
-            put(first_row + 3, s3);
-        }
-    }
 }
 
-/// The warp's part of the work on the slab of the vector that starts at tile `slab`: leaves its sums of each band at
+/// The warp's part of the work on the slab of the vector that starts at tile `slab`: leaves its sums of each quad at
 /// word `sums_at` and on, added to what is there unless the slab is the first.
 ///
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn multiply<D: Dots, const N: usize>(
+unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
     stream: &mut Stream<N>,
     deal: Deal<N>,
     share: Share,
@@ -310,41 +224,35 @@ unsafe fn multiply<D: Dots, const N: usize>(
     slab: u32,
     n_units: u32,
 ) {
-    let warp = thread_idx_x() / WARP_SIZE;
+    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
     let mut walk = share.walk(warp, slab);
-    let mut sums = D::Sums::default();
+    let mut sums = [0.0f32; TILE_ROWS];
     while walk.left > 0 {
-        let format = deal.matrix(deal.band(walk.turn).part).format;
-        let units_of = |tile: u32| (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32) as usize;
-        // The slab's part of the vector starts at the start of the memory.
-        let tile = (walk.tile - slab) as usize;
-        // All lanes meet after their last read of a tile: its place is free then.
-        if D::BY_TWOS && walk.has_next_of_band() {
-            let sources = stream.next_two_tiles();
-            sums = D::add_two(format, sources, units_of(walk.tile + 1), memory, tile, sums);
-            sync_warp(FULL_MASK);
-            // SAFETY: the matrices are as they say.
-            unsafe {
-                stream.refill();
-                stream.refill();
-            }
-            walk.advance();
-        } else {
-            sums = D::add(format, stream.next_tile(), units_of(walk.tile), memory, tile, sums);
-            sync_warp(FULL_MASK);
-            // SAFETY: the matrices are as they say.
-            unsafe { stream.refill() };
+        let source = stream.next_tile();
+        let tile_units = (n_units - walk.tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
+        if lane < tile_units {
+            // The slab's part of the vector starts at the start of the memory.
+            let x = X::load(memory, (walk.tile - slab) as usize, lane as usize);
+            let format = deal.matrix(deal.quad(walk.turn).part).format;
+            sums = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x, sums);
         }
         let turn = walk.turn;
-        let is_last = walk.advance();
-        if is_last || walk.left == 0 {
-            D::finish(sums, |row, sum| {
-                let at = (sums_at + (turn + warp) * TILE_ROWS as u32) as usize + row;
-                let before = if D::X::IN_SLABS && slab > 0 { f32::from_bits(memory.get(at)) } else { 0.0 };
-                memory.set(at, (before + sum).to_bits());
-            });
-            sums = D::Sums::default();
+        // All lanes meet here after their last read of the tile: its place is free.
+        if !walk.advance() && walk.left > 0 {
+            sync_warp(FULL_MASK);
+        } else {
+            let mut sum = warp_reduce_add_4(sums);
+            if lane.is_multiple_of(8) {
+                let at = (sums_at + (turn + warp) * TILE_ROWS as u32 + lane / 8) as usize;
+                if X::IN_SLABS && slab > 0 {
+                    sum += f32::from_bits(memory.get(at));
+                }
+                memory.set(at, sum.to_bits());
+            }
+            sums = [0.0; TILE_ROWS];
         }
+        // SAFETY: the matrices are as they say.
+        unsafe { stream.refill() };
     }
 }
 
@@ -354,7 +262,7 @@ unsafe fn multiply<D: Dots, const N: usize>(
 /// The matrices are as their fields say, all of `input.n` columns; the input and the epilogue keep their contracts;
 /// the launch has the shared memory that [`Schedule::shared_words`] gives, and `schedule` is of the launch's grid.
 #[inline(always)]
-unsafe fn run<D: Dots, E: Epilogue, const N: usize>(
+unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     matrices: [MatrixRef; N],
     input: Input,
     schedule: Schedule,
@@ -363,56 +271,38 @@ unsafe fn run<D: Dots, E: Epilogue, const N: usize>(
     let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
     let warp = thread / WARP_SIZE;
     let deal = Deal::new(matrices, schedule);
-    if deal.turns == 0 {
-        // It stays until the next kernel's blocks have been placed, one beside each of this one's.
-        let_next_start();
-        wait_for_previous();
-        return;
-    }
     let n_units = input.n_units();
     let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
-    let slab_tiles = if D::X::IN_SLABS { schedule.slab_tiles } else { n_tiles };
+    let slab_tiles = if X::IN_SLABS { schedule.slab_tiles } else { n_tiles };
     let share = Share::new(n_warps, deal.turns, slab_tiles, n_tiles);
 
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
-    let squares = schedule.vector_words(D::X::UNIT_WORDS as u32);
+    let squares = schedule.vector_words(X::UNIT_WORDS as u32);
     let sums_at = squares + SQUARES_WORDS;
     let ring_words = WarpCopies::words(schedule.stages, schedule.stage_words);
     let warps_at = sums_at + schedule.sums_words(n_warps);
     let prepared_at = warps_at + (schedule.turns + 1).next_multiple_of(4);
     let ring = warps_at + schedule.prepared_words(E::Prepared::WORDS) + warp * ring_words;
-    let mut stream = Stream::new(deal, share, warp, memory, ring, schedule, D::X::IN_SLABS);
+    let mut stream = Stream::new(deal, share, warp, memory, ring, schedule, X::IN_SLABS);
     // SAFETY: the matrices are as they say.
     unsafe { stream.fill() };
 
     let_next_start();
-    // Whose sums make up a band takes divisions to know: found out now.
+    // Whose sums make up a quad takes divisions to know: found out now, by the thread that will need it.
     let mut turn = thread;
     while turn < deal.turns {
         memory.set((warps_at + turn) as usize, share.warps_of(turn));
         turn += block_dim_x();
     }
-    // The vector's factors are weights as well.
-    // SAFETY: the input keeps its contract.
-    let factors = unsafe { input.fetch_factors(0, E::NORMALISES && input.is_normalised()) };
     wait_for_previous();
 
     // What finishing needs besides the sums, on its way beside the vector.
-    let n_quads = deal.turns * QUADS;
-    let quad_of = |place: u32| {
-        let band = deal.band(place / QUADS);
-        let quad = Quad { part: band.part, number: band.number * QUADS + place % QUADS };
-        let matrix = deal.matrix(quad.part);
-        (quad, matrix, quad.number * (QUAD_ROWS as u32) < matrix.n_rows)
-    };
-    let prepared_place = |place: u32| (prepared_at + place * E::Prepared::WORDS) as usize;
+    let prepared_place = |turn: u32| (prepared_at + turn * E::Prepared::WORDS) as usize;
     let mut prepared = E::Prepared::default();
-    if thread < n_quads {
-        let (quad, matrix, exists) = quad_of(thread);
-        if exists {
-            // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
-            prepared = unsafe { epilogue.prepare(quad, matrix) };
-        }
+    if thread < deal.turns {
+        let quad = deal.quad(thread);
+        // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
+        prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
     }
     let mut square_sum = 0.0;
     let mut slab = 0;
@@ -423,59 +313,58 @@ unsafe fn run<D: Dots, E: Epilogue, const N: usize>(
             // SAFETY: the matrices are as they say.
             unsafe { stream.begin_slab(warp, slab) };
         }
-        let tiles = share.slab_tiles.min(n_tiles - slab);
-        // SAFETY: the tiles' first units are inside the vector; the input keeps its contract.
-        square_sum += unsafe { input.load::<D::X>(memory, slab, tiles, E::NORMALISES, factors) };
+        let first_unit = slab * TILE_UNITS as u32;
+        let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - first_unit);
+        // SAFETY: the units are inside the vector; the input keeps its contract.
+        square_sum += unsafe { input.load::<X>(memory, first_unit, slab_units, E::NORMALISES) };
         if E::NORMALISES && input.is_normalised() {
             input::store_squares(memory, squares, square_sum);
         }
-        if slab == 0 && thread < n_quads {
+        if slab == 0 && thread < deal.turns {
             prepared.store(memory, prepared_place(thread));
         }
         sync_threads();
 
         // SAFETY: the caller's promise.
-        unsafe { multiply::<D, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
-        if !D::X::IN_SLABS {
+        unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
+        if !X::IN_SLABS {
             break;
         }
         slab += share.slab_tiles;
     }
     sync_threads();
 
-    let mut place = thread;
-    while place < n_quads {
-        let (quad, matrix, exists) = quad_of(place);
-        if exists {
-            let turn = place / QUADS;
-            let warps = memory.get((warps_at + turn) as usize);
-            let mut sums = [0.0f32; QUAD_ROWS];
-            for warp in (warps & 0xffff)..=(warps >> 16) {
-                let at = sums_at + (turn + warp) * TILE_ROWS as u32 + place % QUADS * QUAD_ROWS as u32;
-                let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
-                sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
-            }
-            if E::NORMALISES && input.is_normalised() {
-                let factor = rsqrt(mul_add(input::load_squares(memory, squares), input.per_n, input.eps));
-                sums = sums.map(|sum| sum * factor);
-            }
-            // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
-            unsafe {
-                let prepared = if place == thread {
-                    E::Prepared::load(memory, prepared_place(place))
-                } else {
-                    epilogue.prepare(quad, matrix)
-                };
-                epilogue.finish(quad, matrix, sums, prepared);
-            }
+    let mut turn = thread;
+    while turn < deal.turns {
+        let quad = deal.quad(turn);
+        let matrix = deal.matrix(quad.part);
+        let warps = memory.get((warps_at + turn) as usize);
+        let mut sums = [0.0f32; TILE_ROWS];
+        for warp in (warps & 0xffff)..=(warps >> 16) {
+            let at = sums_at + (turn + warp) * TILE_ROWS as u32;
+            let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
+            sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
         }
-        place += block_dim_x();
+        if E::NORMALISES && input.is_normalised() {
+            let factor = rsqrt(mul_add(input::load_squares(memory, squares), input.per_n, input.eps));
+            sums = sums.map(|sum| sum * factor);
+        }
+        // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
+        unsafe {
+            let prepared = if turn == thread {
+                E::Prepared::load(memory, prepared_place(turn))
+            } else {
+                epilogue.prepare(quad, matrix)
+            };
+            epilogue.finish(quad, matrix, sums, prepared);
+        }
+        turn += block_dim_x();
     }
 }
 
-/// The kernels of a module for products `$D`.
+/// The kernels of a module for activations `$X` and products `$D`.
 macro_rules! define_kernels {
-    ($module:ident, $threads:literal, $blocks:literal, $D:ty) => {
+    ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty) => {
         /// `y = W x`, `x` normalised first where the input says so.
         ///
         /// # Safety
@@ -490,11 +379,12 @@ macro_rules! define_kernels {
         /// - `output`: `y`
         ///
         /// # Thread mapping
-        /// A block takes a run of bands, each of its warps a run of their tiles; one thread finishes four rows. Blocks of whole warps, at most as many threads as the launch bound says.
+        /// A block takes a run of quads, each of its warps a run of their tiles, a lane one unit of four rows; one
+        /// thread finishes a quad. Blocks of whole warps, at most as many threads as the launch bound says.
         #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
-            unsafe { run::<$D, _, 1>([matrix], input, schedule, output) }
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
         }
 
         /// `y += W x`.
@@ -510,7 +400,7 @@ macro_rules! define_kernels {
         #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv_add(matrix: MatrixRef, input: Input, schedule: Schedule, output: Add) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
-            unsafe { run::<$D, _, 1>([matrix], input, schedule, output) }
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
         }
 
         /// `y = silu(G x) * (U x)`: the first half of the feed-forward network.
@@ -528,7 +418,7 @@ macro_rules! define_kernels {
         #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv_swiglu(matrix: MatrixRef, input: Input, schedule: Schedule, output: Swiglu) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
-            unsafe { run::<$D, _, 1>([matrix], input, schedule, output) }
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
         }
 
         /// The module's kernels.
@@ -538,7 +428,7 @@ macro_rules! define_kernels {
 }
 
 macro_rules! define_qkv {
-    ($module:ident, $threads:literal, $blocks:literal, $D:ty) => {
+    ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty) => {
         /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended to
         /// the cache.
         ///
@@ -567,7 +457,7 @@ macro_rules! define_qkv {
             output: Qkv,
         ) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
-            unsafe { run::<$D, _, 3>([q, k, v], input, schedule, output) }
+            unsafe { run::<$X, $D, _, 3>([q, k, v], input, schedule, output) }
         }
     };
 }
@@ -578,8 +468,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 384, 2, Tensor<crate::formats::$Type>);
-            define_qkv!($module, 384, 2, Tensor<crate::formats::$Type>);
+            define_kernels!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -588,21 +478,21 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, 384, 2, TensorOf<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 384, 2, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
 /// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.
 pub mod mixed {
     use super::*;
-    define_kernels!(mixed, 384, 1, Any<Q8_1>);
-    define_qkv!(mixed, 384, 1, Any<Q8_1>);
+    define_kernels!(mixed, 384, 1, Q8_1, Any);
+    define_qkv!(mixed, 384, 1, Q8_1, Any);
 }
 
 /// f32 activations, weights of any format.
 pub mod exact {
     use super::*;
-    define_kernels!(exact, 256, 2, Any<F32Vector>);
-    define_qkv!(exact, 256, 2, Any<F32Vector>);
+    define_kernels!(exact, 256, 2, F32Vector, Any);
+    define_qkv!(exact, 256, 2, F32Vector, Any);
 }
 
 macro_rules! define_ordered {
@@ -624,7 +514,7 @@ macro_rules! define_ordered {
             #[kernel(suffix = $suffix, overlapping, launch_bounds($threads, 1))]
             pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: StoreOrdered) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<Any<$X>, _, 1>([matrix], input, schedule, output) }
+                unsafe { run::<$X, Any, _, 1>([matrix], input, schedule, output) }
             }
         }
     )*};

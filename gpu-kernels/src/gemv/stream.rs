@@ -6,20 +6,20 @@ use cuda_std::pipeline::WarpCopies;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::block_idx_x;
 
-/// The matrices of a launch, one below the other, and which of their bands are this block's: neighbours, a *turn* each.
+/// The matrices of a launch, one below the other, and which of their quads are this block's: neighbours, a *turn* each.
 #[derive(Clone, Copy)]
 pub struct Deal<const N: usize> {
     /// The matrices, at most three.
     pub matrices: [MatrixRef; N],
-    /// The block's first band, counted through all matrices.
-    pub first_band: u32,
-    /// The block's bands.
+    /// The block's first quad, counted through all matrices.
+    pub first_quad: u32,
+    /// The block's quads.
     pub turns: u32,
 }
 
-/// A band: of which matrix, and its number there.
+/// A quad: of which matrix, and its number there.
 #[derive(Clone, Copy)]
-pub struct Band {
+pub struct Quad {
     /// The matrix.
     pub part: u32,
     /// Counted from the matrix's first.
@@ -27,33 +27,33 @@ pub struct Band {
 }
 
 impl<const N: usize> Deal<N> {
-    /// This block's bands.
+    /// This block's quads.
     #[inline(always)]
     pub fn new(matrices: [MatrixRef; N], schedule: Schedule) -> Self {
         let block = block_idx_x();
         let with_more = schedule.blocks_with_more;
         Self {
             matrices,
-            first_band: block * schedule.turns + block.min(with_more),
+            first_quad: block * schedule.turns + block.min(with_more),
             turns: schedule.turns + u32::from(block < with_more),
         }
     }
 
-    /// The block's band of turn `turn`.
+    /// The block's quad of turn `turn`.
     #[inline(always)]
-    pub fn band(&self, turn: u32) -> Band {
-        let mut number = self.first_band + turn;
+    pub fn quad(&self, turn: u32) -> Quad {
+        let mut number = self.first_quad + turn;
         let mut part = 0;
         // Written out: an array of arguments that is indexed at run time would be copied into local memory.
-        if N > 1 && number >= self.matrices[0].n_bands {
-            number -= self.matrices[0].n_bands;
+        if N > 1 && number >= self.matrices[0].n_quads {
+            number -= self.matrices[0].n_quads;
             part = 1;
-            if N > 2 && number >= self.matrices[1].n_bands {
-                number -= self.matrices[1].n_bands;
+            if N > 2 && number >= self.matrices[1].n_quads {
+                number -= self.matrices[1].n_quads;
                 part = 2;
             }
         }
-        Band { part, number }
+        Quad { part, number }
     }
 
     /// Matrix `part`.
@@ -69,7 +69,7 @@ impl<const N: usize> Deal<N> {
 
 /// How a block's tiles are dealt out to its warps: each has a run of neighbours, as long as any other's or one longer.
 ///
-/// Of each band there are `slab_tiles` tiles at a time. In the last slab some of these may not exist; they count all
+/// Of each quad there are `slab_tiles` tiles at a time. In the last slab some of these may not exist; they count all
 /// the same, so that a warp has the same part of each slab.
 #[derive(Clone, Copy)]
 pub struct Share {
@@ -78,12 +78,12 @@ pub struct Share {
     warps_with_more: u32,
     /// Tiles of a slab.
     pub slab_tiles: u32,
-    /// Tiles of a band.
+    /// Tiles of a quad.
     pub n_tiles: u32,
 }
 
 impl Share {
-    /// For `n_warps` warps and `turns` bands of `n_tiles` tiles.
+    /// For `n_warps` warps and `turns` quads of `n_tiles` tiles.
     #[inline(always)]
     pub fn new(n_warps: u32, turns: u32, slab_tiles: u32, n_tiles: u32) -> Self {
         let tiles = turns * slab_tiles;
@@ -101,7 +101,7 @@ impl Share {
         }
     }
 
-    /// The warps that share the band of turn `turn`: the first, and in the upper half the last.
+    /// The warps that share the quad of turn `turn`: the first, and in the upper half the last.
     #[inline(always)]
     pub fn warps_of(self, turn: u32) -> u32 {
         let first = turn * self.slab_tiles;
@@ -135,7 +135,7 @@ impl Share {
 pub struct Walk {
     /// The turn.
     pub turn: u32,
-    /// The tile of the turn's band.
+    /// The tile of the turn's quad.
     pub tile: u32,
     /// Tiles left, this one counted.
     pub left: u32,
@@ -147,13 +147,7 @@ pub struct Walk {
 }
 
 impl Walk {
-    /// Whether the warp also has the tile after this one, of the same band.
-    #[inline(always)]
-    pub fn has_next_of_band(&self) -> bool {
-        self.left > 1 && self.tile + 1 < self.end
-    }
-
-    /// Goes on to the next tile, and says whether it is the next band's.
+    /// Goes on to the next tile, and says whether it is the next quad's.
     #[inline(always)]
     pub fn advance(&mut self) -> bool {
         self.left -= 1;
@@ -181,7 +175,7 @@ pub struct Stream<const N: usize> {
     /// Bytes of the matrix's tiles.
     tile_bytes: u32,
     last_tile_bytes: u32,
-    /// Whether slabs leave out parts of each band.
+    /// Whether slabs leave out parts of each quad.
     in_slabs: bool,
 }
 
@@ -208,7 +202,7 @@ impl<const N: usize> Stream<N> {
             last_tile_bytes: 0,
             in_slabs,
         };
-        stream.find_band();
+        stream.find_quad();
         stream
     }
 
@@ -231,18 +225,18 @@ impl<const N: usize> Stream<N> {
     #[inline(always)]
     pub unsafe fn begin_slab(&mut self, warp: u32, slab: u32) {
         self.walk = self.share.walk(warp, slab);
-        self.find_band();
+        self.find_quad();
         // SAFETY: the caller's promise.
         unsafe { self.fill() };
     }
 
     /// Looks up where the walk is.
     #[inline(always)]
-    fn find_band(&mut self) {
+    fn find_quad(&mut self) {
         if self.walk.left > 0 {
-            let band = self.deal.band(self.walk.turn);
-            let matrix = self.deal.matrix(band.part);
-            let offset = u64::from(band.number) * u64::from(matrix.band_bytes)
+            let quad = self.deal.quad(self.walk.turn);
+            let matrix = self.deal.matrix(quad.part);
+            let offset = u64::from(quad.number) * u64::from(matrix.quad_bytes)
                 + u64::from(self.walk.tile) * u64::from(matrix.tile_bytes);
             self.from = matrix.tiles.wrapping_add(offset as usize);
             (self.tile_bytes, self.last_tile_bytes) = (matrix.tile_bytes, matrix.last_tile_bytes);
@@ -260,11 +254,11 @@ impl<const N: usize> Stream<N> {
             let bytes = if is_last { self.last_tile_bytes } else { self.tile_bytes };
             // SAFETY: the tile is inside the matrix, and fits a place of the ring.
             unsafe { self.copies.start(ahead, self.from, core::ptr::null(), bytes) };
-            // The next band starts where this one ends, unless it is another matrix's.
+            // The next quad starts where this one ends, unless it is another matrix's.
             self.from = self.from.wrapping_add(bytes as usize);
             let is_next = self.walk.advance();
             if is_next && (self.in_slabs || N > 1) {
-                self.find_band();
+                self.find_quad();
             }
         }
     }
@@ -274,15 +268,6 @@ impl<const N: usize> Stream<N> {
     pub fn next_tile(&self) -> SharedTile {
         self.copies.wait();
         SharedTile { memory: self.memory, start: self.copies.place() as usize }
-    }
-
-    /// As [`next_tile`](Self::next_tile), of the next two.
-    #[inline(always)]
-    pub fn next_two_tiles(&self) -> [SharedTile; 2] {
-        self.copies.wait();
-        self.copies.wait_next();
-        [self.copies.place(), self.copies.next_place()]
-            .map(|place| SharedTile { memory: self.memory, start: place as usize })
     }
 
     /// Gives back the place of the tile that was worked on, and starts the next copy to it. All lanes must have read

@@ -8,7 +8,7 @@ use cuda_std::pipeline::WarpCopies;
 use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::{TILE_ROWS, TILE_UNITS};
-use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, QUAD_ROWS, Qkv, Store, StoreOrdered, Swiglu};
+use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
 use gpu_kernels::gemv::{self as kernels, Kernels, MatrixRef, Schedule};
 use gpu_kernels::rope::RopeLayout;
@@ -247,8 +247,8 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
     Ok(input)
 }
 
-/// Most bytes of shared memory for what a block keeps of its bands: beyond that, more blocks take them.
-const BANDS_BYTES: usize = 16 << 10;
+/// Most bytes of shared memory for what a block keeps of its quads: beyond that, more blocks take them.
+const QUADS_BYTES: usize = 16 << 10;
 
 /// How much of a multiprocessor's shared memory a block takes.
 ///
@@ -265,7 +265,7 @@ enum Room {
 /// What [`Room::MoreThanHalf`] has above the half.
 const ABOVE_HALF: usize = 6 << 10;
 
-/// Deals out the work: one block per multiprocessor, of which each has its share of bands, and as many tiles on their
+/// Deals out the work: one block per multiprocessor, of which each has its share of quads, and as many tiles on their
 /// way as there is room for.
 fn schedule<E: Epilogue>(
     device: &Device,
@@ -279,7 +279,7 @@ fn schedule<E: Epilogue>(
     };
     let prepared_words = E::Prepared::WORDS;
     let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
-    let n_bands: usize = matrices.iter().map(|matrix| matrix.n_bands()).sum();
+    let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
     let stage_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0);
     let whole = device.shared_bytes() as usize;
     // A multiprocessor has 1 KB more than a block can have, and keeps 1 KB per block for itself.
@@ -288,23 +288,18 @@ fn schedule<E: Epilogue>(
         Room::LessThanHalf => (0, half - ABOVE_HALF),
         Room::MoreThanHalf => (half + ABOVE_HALF, half + ABOVE_HALF),
     };
-    // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time. But two
-    // tiles are read at once, and between a copy's start and its reads the warp must have met.
-    let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 4) };
-    let least_stages = if device.is_cuda() { 2 } else { 4 };
+    // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time.
+    let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 2) };
 
     let try_fit =
         |n_warps: usize, slab_tiles: usize, room: usize| -> Option<(Schedule, Result<LaunchConfig>)> {
-            let band_bytes = 4 * (TILE_ROWS + 1 + TILE_ROWS / QUAD_ROWS * prepared_words as usize);
-            let least_blocks = (n_bands * band_bytes).div_ceil(BANDS_BYTES);
-            let mut n_blocks = (device.multiprocessors() as usize).max(least_blocks);
-            if !device.is_cuda() {
-                n_blocks = n_blocks.min(n_bands);
-            }
-            let turns = n_bands.div_ceil(n_blocks);
+            let quad_bytes = 4 * (TILE_ROWS + 1 + prepared_words as usize);
+            let least_blocks = (n_quads * quad_bytes).div_ceil(QUADS_BYTES);
+            let n_blocks = (device.multiprocessors() as usize).max(least_blocks).min(n_quads);
+            let turns = n_quads.div_ceil(n_blocks);
             let mut schedule = Schedule {
-                turns: (n_bands / n_blocks) as u32,
-                blocks_with_more: (n_bands % n_blocks) as u32,
+                turns: (n_quads / n_blocks) as u32,
+                blocks_with_more: (n_quads % n_blocks) as u32,
                 slab_tiles: slab_tiles as u32,
                 stages: 0,
                 stage_words: stage_bytes as u32 / 4,
@@ -315,7 +310,7 @@ fn schedule<E: Epilogue>(
             let fits = |stages: &usize| {
                 4 * WarpCopies::words(*stages as u32, stage_bytes as u32 / 4) as usize <= ring
             };
-            schedule.stages = (least_stages..=most_stages.min(most_tiles.max(least_stages))).rev().find(fits)? as u32;
+            schedule.stages = (2..=most_stages.min(most_tiles.max(2))).rev().find(fits)? as u32;
             Some((schedule, launch_1d(n_blocks, 32 * n_warps)))
         };
     // Rather fewer warps than parts of the vector, rather the next kernel's block beside this one's than more warps.

@@ -70,8 +70,8 @@ impl Matrix {
         self.tiles.n_bytes()
     }
 
-    /// Bands of sixteen rows.
-    pub(super) fn n_bands(&self) -> usize {
+    /// Quads of four rows.
+    pub(super) fn n_quads(&self) -> usize {
         self.n_rows.div_ceil(TILE_ROWS)
     }
 
@@ -90,10 +90,10 @@ impl Matrix {
             tiles: self.tiles.as_ptr(),
             format: self.format as u32,
             n_rows: dim(self.n_rows)?,
-            n_bands: dim(self.n_bands())?,
+            n_quads: dim(self.n_quads())?,
             tile_bytes: dim(self.geometry.tile_bytes)?,
             last_tile_bytes: dim(self.geometry.bytes_of(self.geometry.n_tiles() - 1))?,
-            band_bytes: dim(self.geometry.band_bytes())?,
+            quad_bytes: dim(self.geometry.quad_bytes())?,
             order: self.order,
         })
     }
@@ -193,9 +193,13 @@ impl<'d> Packer<'d> {
             tile_bytes: format.tile_bytes(TILE_UNITS),
             last_tile_bytes: format.tile_bytes(n_units % TILE_UNITS),
         };
-        let bytes = n_rows.div_ceil(TILE_ROWS).checked_mul(geometry.band_bytes());
+        let bytes = n_rows.div_ceil(TILE_ROWS).checked_mul(geometry.quad_bytes());
         let bytes = bytes.context("the matrix is too large to address")?;
-        let tiles = self.device.alloc_zeroed(bytes)?;
+        let tiles = if n_rows.is_multiple_of(TILE_ROWS) && format.block_len().is_multiple_of(UNIT) {
+            self.device.alloc(bytes)?
+        } else {
+            self.device.alloc_zeroed(bytes)?
+        };
         Ok(Matrix { format, n_rows, n_cols, order, geometry, tiles })
     }
 
