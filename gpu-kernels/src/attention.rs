@@ -14,7 +14,7 @@ use core::f32::consts::LOG2_E;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::float::{exp2, f16_to_f32, max, mul_add};
 use cuda_std::grid::{let_next_start, wait_for_previous};
-use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, st_global_u32x4};
+use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, prefetch_l2, st_global_u32x4};
 use cuda_std::pipeline::WarpCopies;
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, sync_warp, warp_reduce_add, warp_reduce_add_n, warp_reduce_max};
@@ -44,6 +44,10 @@ const PIECE_WORDS: usize = 512;
 pub const MOST_PIECES: u32 = 4;
 /// See above.
 pub const LEAST_PIECES: u32 = 2;
+
+/// Most bytes of keys, and of values, that a block asks the L2 cache for before the kernel ahead has ended: what is
+/// beyond the rings would be fetched with nothing else to do for memory.
+const AHEAD_BYTES: u32 = 128 << 10;
 
 /// Positions whose keys and values are a piece.
 #[inline(always)]
@@ -176,6 +180,14 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     };
     for ahead in 0..a.pieces {
         fetch(&copies, ahead, warp + ahead * WARPS as u32);
+    }
+    if thread < 2 {
+        let cache = if thread == 0 { a.k_cache } else { a.v_cache };
+        let offset = head_offset + u64::from(start * row_bytes);
+        prefetch_l2(
+            cache.cast::<u8>().wrapping_add(offset as usize),
+            (n_cached * row_bytes).min(AHEAD_BYTES),
+        );
     }
     sync_warp(FULL_MASK);
     wait_for_previous();
