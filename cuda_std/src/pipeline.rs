@@ -102,44 +102,47 @@ impl WarpCopies {
         self.memory.address_of((first + 2 * stage) as usize)
     }
 
-    /// Starts copying `bytes` bytes, a multiple of 16, to the place that is `ahead` places after the current one; and behind
-    /// them as many from `second`, unless that is null.
+    /// Starts copying `bytes` bytes, a multiple of 16, to the place that is `ahead` places after the current one.
     ///
     /// # Safety
-    /// `from` and `second` are to as many bytes of readable device memory, at a multiple of 16, which nothing writes
-    /// until the copy has arrived; they fit the place.
+    /// `from` is to as many bytes of readable device memory, at a multiple of 16, which nothing writes until the copy
+    /// has arrived; they fit the place.
     #[inline(always)]
-    pub unsafe fn start(&self, ahead: u32, from: *const u8, second: *const u8, bytes: u32) {
+    pub unsafe fn start(&self, ahead: u32, from: *const u8, bytes: u32) {
         let stage = self.stage + ahead;
         let stage = if stage < self.stages { stage } else { stage - self.stages };
-        let to = self.place_of(stage);
         cfg_select! {
             all(target_arch = "nvptx64", cuda_sm_90) => {
                 if crate::warp::lane_id() == 0 {
-                    let all = if second.is_null() { bytes } else { 2 * bytes };
-                    // SAFETY: the place's barrier is this warp's; the caller vouches for sources and size.
+                    // SAFETY: the caller vouches for source and size; the place and its barrier are this warp's.
                     unsafe {
                         core::arch::asm!(
                             "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {bytes};",
+                            "{{ .reg .b64 policy;",
+                            "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;",
+                            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint \
+                                [{to}], [{from}], {bytes}, [{barrier}], policy; }}",
                             barrier = in(reg32) self.barrier(stage),
-                            bytes = in(reg32) all,
+                            to = in(reg32) self.memory.address_of(self.place_of(stage) as usize),
+                            from = in(reg64) from,
+                            bytes = in(reg32) bytes,
                             options(nostack, preserves_flags),
                         );
-                        self.copy_bulk(stage, to, from, bytes);
-                        if !second.is_null() {
-                            self.copy_bulk(stage, to + bytes / 4, second, bytes);
-                        }
                     }
                 }
             }
             target_arch = "nvptx64" => {
-                // SAFETY: the caller vouches for the sources; the barrier is this warp's, and counts this lane once its
-                // copies have arrived.
-                unsafe {
-                    self.copy_async(to, from, bytes);
-                    if !second.is_null() {
-                        self.copy_async(to + bytes / 4, second, bytes);
+                let mut at = crate::warp::lane_id() * 16;
+                while at < bytes {
+                    // SAFETY: the caller vouches for the source.
+                    unsafe {
+                        let piece = from.add(at as usize).cast();
+                        copy_async_u32x4(self.memory, (self.place_of(stage) + at / 4) as usize, piece);
                     }
+                    at += crate::warp::WARP_SIZE * 16;
+                }
+                // SAFETY: the barrier is this warp's; it counts this lane once its copies have arrived.
+                unsafe {
                     core::arch::asm!(
                         "cp.async.mbarrier.arrive.noinc.shared.b64 [{barrier}];",
                         barrier = in(reg32) self.barrier(stage),
@@ -149,60 +152,10 @@ impl WarpCopies {
             }
             _ => {
                 if crate::warp::lane_id() == 0 {
-                    // SAFETY: the caller vouches for the sources.
-                    unsafe {
-                        self.memory.copy_from(to as usize, from, bytes as usize);
-                        if !second.is_null() {
-                            self.memory.copy_from((to + bytes / 4) as usize, second, bytes as usize);
-                        }
-                    }
+                    // SAFETY: the caller vouches for the source.
+                    unsafe { self.memory.copy_from(self.place_of(stage) as usize, from, bytes as usize) };
                 }
             }
-        }
-    }
-
-    /// Starts a copy to word `to` that a place's barrier counts.
-    ///
-    /// # Safety
-    /// As [`start`](Self::start).
-    #[cfg(all(target_arch = "nvptx64", cuda_sm_90))]
-    #[inline(always)]
-    unsafe fn copy_bulk(&self, stage: u32, to: u32, from: *const u8, bytes: u32) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            core::arch::asm!(
-                "{{ .reg .b64 policy;",
-                "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;",
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint \
-                    [{to}], [{from}], {bytes}, [{barrier}], policy; }}",
-                barrier = in(reg32) self.barrier(stage),
-                to = in(reg32) self.memory.address_of(to as usize),
-                from = in(reg64) from,
-                bytes = in(reg32) bytes,
-                options(nostack, preserves_flags),
-            );
-        }
-    }
-
-    /// Starts this lane's part of a copy to word `to`, past the L1 cache.
-    ///
-    /// # Safety
-    /// As [`start`](Self::start).
-    #[cfg(all(target_arch = "nvptx64", not(cuda_sm_90)))]
-    #[inline(always)]
-    unsafe fn copy_async(&self, to: u32, from: *const u8, bytes: u32) {
-        let mut at = crate::warp::lane_id() * 16;
-        while at < bytes {
-            // SAFETY: the caller's promise.
-            unsafe {
-                core::arch::asm!(
-                    "cp.async.cg.shared.global.L2::128B [{to}], [{from}], 16;",
-                    to = in(reg32) self.memory.address_of((to + at / 4) as usize),
-                    from = in(reg64) from.add(at as usize),
-                    options(nostack, preserves_flags),
-                );
-            }
-            at += crate::warp::WARP_SIZE * 16;
         }
     }
 
@@ -234,5 +187,24 @@ impl WarpCopies {
                 break;
             }
         }
+    }
+}
+
+/// Starts copying 16 bytes into elements `index` to `index + 3`, past the L1 cache; `index` is a multiple of 4.
+///
+/// # Safety
+/// `from` is to 16 bytes of readable device memory, at a multiple of 16, which nothing writes until the copy has
+/// arrived.
+#[cfg(all(target_arch = "nvptx64", not(cuda_sm_90)))]
+#[inline(always)]
+unsafe fn copy_async_u32x4(to: DynamicShared<u32>, index: usize, from: *const [u32; 4]) {
+    // SAFETY: the caller vouches for `from`; the handle for the shared memory.
+    unsafe {
+        core::arch::asm!(
+            "cp.async.cg.shared.global.L2::128B [{to}], [{from}], 16;",
+            to = in(reg32) to.address_of(index),
+            from = in(reg64) from,
+            options(nostack, preserves_flags),
+        );
     }
 }

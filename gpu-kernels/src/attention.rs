@@ -5,9 +5,6 @@
 //! looked at some positions holds their largest score, the sum of their weights relative to it, and the weighted sum
 //! of values, and two such parts combine into one of both. Where several blocks share a context, each leaves its part
 //! in device memory, and the last one to come combines them (flash-decoding: Dao et al., 2023): none waits.
-//!
-//! Keys and values of earlier positions stream into shared memory, a ring for each warp, and begin before the kernel ahead
-//! has ended. The step's own are read from the cache when it has.
 
 use crate::step::Step;
 use core::f32::consts::LOG2_E;
@@ -15,10 +12,9 @@ use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::float::{exp2, f16_to_f32, max, mul_add};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, prefetch_l2, st_global_u32x4};
-use cuda_std::pipeline::WarpCopies;
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, sync_warp, warp_reduce_add, warp_reduce_add_n, warp_reduce_max};
-use cuda_std::{dynamic_shared, kernel, shared_array};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_add_n, warp_reduce_max};
+use cuda_std::{kernel, shared_array};
 use half::f16;
 
 /// Warps in a block.
@@ -37,32 +33,6 @@ pub const MAX_HEADS: usize = 4;
 pub const SPLIT_POSITIONS: u32 = 128;
 // So no split is empty: a length beyond `(n - 1) * SPLIT_POSITIONS` has more than `n - 1` positions for each of `n`.
 const _: () = assert!(MAX_SPLITS <= SPLIT_POSITIONS as usize);
-
-/// Words of a piece of keys and values.
-const PIECE_WORDS: usize = 512;
-/// Pieces that a warp has in shared memory or on their way, where there is room for as many, and at least.
-pub const MOST_PIECES: u32 = 4;
-/// See above.
-pub const LEAST_PIECES: u32 = 2;
-
-/// Most bytes of keys, and of values, that a block asks the L2 cache for before the kernel ahead has ended: what is
-/// beyond the rings would be fetched with nothing else to do for memory.
-const AHEAD_BYTES: u32 = 128 << 10;
-
-/// Positions whose keys and values are a piece.
-#[inline(always)]
-const fn positions_of_piece(head_dim: u32) -> u32 {
-    // Heads of odd sizes waste a little.
-    1 << (PIECE_WORDS as u32 / head_dim).ilog2()
-}
-
-/// Bytes of shared memory that a launch asks for: each warp's ring of `pieces` pieces.
-pub const fn dynamic_shared_bytes(pieces: u32) -> u32 {
-    4 * WARPS as u32 * WarpCopies::words(pieces, PIECE_WORDS as u32)
-}
-
-/// Bytes of shared memory, at most, that a block has besides.
-pub const STATIC_SHARED_BYTES: u32 = 40 << 10;
 
 /// Dimensions that a lane holds: 16 bytes of f16.
 const DIMS: usize = 8;
@@ -107,8 +77,6 @@ pub struct Arguments {
     pub n_ctx: u32,
     /// Most blocks that share a context, at most [`MAX_SPLITS`].
     pub n_splits: u32,
-    /// Pieces in a warp's ring.
-    pub pieces: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
@@ -145,51 +113,27 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     let n_heads = (a.heads_per_kv - block_of_head * HEADS as u32).min(HEADS as u32);
     // A group of lanes takes a position, a lane eight of its dimensions.
     let per_warp = WARP_SIZE / a.lanes;
-    let (group_of_warp, first_dim) = (lane / a.lanes, lane % a.lanes * DIMS as u32);
-    let group = warp * per_warp + group_of_warp;
+    let (group, first_dim) = (warp * per_warp + lane / a.lanes, lane % a.lanes * DIMS as u32);
     let has_dims = first_dim < a.head_dim;
 
     let_next_start();
     // SAFETY: the caller vouches for the step, which was written before the kernels of the step started.
-    let own = unsafe { (*a.step).position };
-    let length = own + 1;
+    let length = unsafe { (*a.step).position } + 1;
     let n_active = length.div_ceil(SPLIT_POSITIONS).min(a.n_splits);
-    // Blocks that have nothing to do make room for the next kernel's; those that have wait, for all.
-    if split >= n_active {
-        return;
-    }
     let per_split = length.div_ceil(n_active);
     let (start, end) = (split * per_split, (split * per_split + per_split).min(length));
-    let n_cached = end.min(own) - start;
-    let row_bytes = a.head_dim * 2;
-    let head_offset = u64::from(kv_head) * u64::from(a.n_ctx) * u64::from(row_bytes);
-    // Pieces are dealt out in turns; after them, as if it were one more, comes the step's own position.
-    let piece_positions = positions_of_piece(a.head_dim);
-    let n_pieces = n_cached.div_ceil(piece_positions);
-    let rows_of = |piece: u32| (n_cached - piece * piece_positions).min(piece_positions);
-    let memory = dynamic_shared!(ATTENTION_PIECES: [u32]);
-    let ring = warp * WarpCopies::words(a.pieces, PIECE_WORDS as u32);
-    let mut copies = WarpCopies::new(memory, ring, a.pieces, PIECE_WORDS as u32);
-    let fetch = |copies: &WarpCopies, ahead: u32, piece: u32| {
-        if piece < n_pieces {
-            let offset = head_offset + u64::from(start + piece * piece_positions) * u64::from(row_bytes);
-            let from = |cache: *const f16| cache.cast::<u8>().wrapping_add(offset as usize);
-            // SAFETY: the positions were written in earlier steps; the piece fits its place.
-            unsafe { copies.start(ahead, from(a.k_cache), from(a.v_cache), rows_of(piece) * row_bytes) };
-        }
-    };
-    for ahead in 0..a.pieces {
-        fetch(&copies, ahead, warp + ahead * WARPS as u32);
-    }
-    if thread < 2 {
+    let is_active = split < n_active;
+    let head_offset = kv_head as usize * a.n_ctx as usize * a.head_dim as usize;
+    if is_active && thread < 2 {
+        // All but the last position were written in earlier steps: they are on their way before the wait.
         let cache = if thread == 0 { a.k_cache } else { a.v_cache };
-        let offset = head_offset + u64::from(start * row_bytes);
-        prefetch_l2(
-            cache.cast::<u8>().wrapping_add(offset as usize),
-            (n_cached * row_bytes).min(AHEAD_BYTES),
-        );
+        let from = cache.wrapping_add(head_offset + (start * a.head_dim) as usize);
+        prefetch_l2(from.cast(), (end - start) * a.head_dim * 2);
     }
-    sync_warp(FULL_MASK);
+    // Blocks that have nothing to do make room for the next kernel's; those that have wait, for all.
+    if !is_active {
+        return;
+    }
     wait_for_previous();
 
     // Weights are powers of 2: the scores' factor turns e^x into 2^x.
@@ -209,70 +153,53 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
         }
     };
     let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
-    let takes_own = end > own && n_pieces % WARPS as u32 == warp;
-    let (mut own_key, mut own_value) = ([0; 4], [0; 4]);
-    if takes_own && has_dims && group_of_warp == 0 {
-        let offset = head_offset + u64::from(own * row_bytes + first_dim * 2);
-        // SAFETY: the kernel before has written the position; rows are multiples of 32 bytes long.
-        let load =
-            |cache: *const f16| unsafe { ld_global_u32x4(cache.cast::<u8>().add(offset as usize).cast()) };
-        (own_key, own_value) = (load(a.k_cache), load(a.v_cache));
-    }
+    // SAFETY: the head is one of the cache's.
+    let (keys, values) = unsafe {
+        let offset = head_offset + first_dim as usize;
+        (a.k_cache.add(offset), a.v_cache.add(offset))
+    };
+    let load = |from: *const f16, position: u32| -> [u32; 4] {
+        if position < end && has_dims {
+            // SAFETY: the position is written, and rows are multiples of 32 bytes long.
+            unsafe { ld_global_u32x4(from.add(position as usize * a.head_dim as usize).cast()) }
+        } else {
+            [0; 4]
+        }
+    };
 
     let mut largest = [LOWEST; HEADS];
     let mut sum = [0.0f32; HEADS];
     let mut value = [[0.0f32; DIMS]; HEADS];
-    let mut piece = warp;
-    while piece < n_pieces + u32::from(takes_own) {
-        let is_own = piece == n_pieces;
-        let n_rows = if is_own { 1 } else { rows_of(piece) };
-        if !is_own {
-            copies.wait();
-        }
-        let at = copies.place() + first_dim / 2;
-        let load = |row: u32, half: u32, own: [u32; 4]| -> [u32; 4] {
-            if is_own || row >= n_rows || !has_dims {
-                own
-            } else {
-                memory.get4((at + (half * n_rows + row) * (a.head_dim / 2)) as usize)
+    let stride = WARPS as u32 * per_warp;
+    let mut position = start + group;
+    // The same for all lanes of a warp: those of later groups may have no position.
+    while position - lane / a.lanes < end {
+        let (near, far) = (position, position + stride);
+        let (k0, k1) = (load(keys, near), load(keys, far));
+        let (v0, v1) = (load(values, near), load(values, far));
+        let (k0, k1) = (widen(k0), widen(k1));
+        let mut scores = [[0.0f32; 2]; HEADS];
+        for head in 0..HEADS {
+            for d in 0..DIMS {
+                scores[head][0] = mul_add(q[head][d], k0[d], scores[head][0]);
+                scores[head][1] = mul_add(q[head][d], k1[d], scores[head][1]);
             }
-        };
-        let mut first = 0;
-        while first < n_rows {
-            let (near, far) = (first + group_of_warp, first + group_of_warp + per_warp);
-            let (k0, k1) = (load(near, 0, own_key), load(far, 0, own_key));
-            let (v0, v1) = (load(near, 1, own_value), load(far, 1, own_value));
-            let (k0, k1) = (widen(k0), widen(k1));
-            let mut scores = [[0.0f32; 2]; HEADS];
-            for head in 0..HEADS {
-                for d in 0..DIMS {
-                    scores[head][0] = mul_add(q[head][d], k0[d], scores[head][0]);
-                    scores[head][1] = mul_add(q[head][d], k1[d], scores[head][1]);
-                }
-            }
-            // One meeting of the lanes for all scores.
-            let scores = reduce(scores, a.lanes);
-            let (v0, v1) = (widen(v0), widen(v1));
-            for head in 0..HEADS {
-                let s0 = if near < n_rows { scores[head][0] } else { f32::NEG_INFINITY };
-                let s1 = if far < n_rows { scores[head][1] } else { f32::NEG_INFINITY };
-                let new = max(largest[head], max(s0, s1));
-                let (w0, w1, correction) = (exp2(s0 - new), exp2(s1 - new), exp2(largest[head] - new));
-                largest[head] = new;
-                sum[head] = mul_add(sum[head], correction, w0 + w1);
-                for d in 0..DIMS {
-                    value[head][d] = mul_add(w0, v0[d], mul_add(w1, v1[d], value[head][d] * correction));
-                }
-            }
-            first += 2 * per_warp;
         }
-        if !is_own {
-            // All lanes meet here after their last read of the piece: its place is free.
-            sync_warp(FULL_MASK);
-            fetch(&copies, 0, piece + a.pieces * WARPS as u32);
-            copies.advance();
+        // One meeting of the lanes for all scores.
+        let scores = reduce(scores, a.lanes);
+        let (v0, v1) = (widen(v0), widen(v1));
+        for head in 0..HEADS {
+            let s0 = if near < end { scores[head][0] } else { f32::NEG_INFINITY };
+            let s1 = if far < end { scores[head][1] } else { f32::NEG_INFINITY };
+            let new = max(largest[head], max(s0, s1));
+            let (w0, w1, correction) = (exp2(s0 - new), exp2(s1 - new), exp2(largest[head] - new));
+            largest[head] = new;
+            sum[head] = mul_add(sum[head], correction, w0 + w1);
+            for d in 0..DIMS {
+                value[head][d] = mul_add(w0, v0[d], mul_add(w1, v1[d], value[head][d] * correction));
+            }
         }
-        piece += WARPS as u32;
+        position += 2 * stride;
     }
 
     let head_values = |part: u32, head: u32| ((part * HEADS as u32 + head) * a.head_dim) as usize;
@@ -291,7 +218,7 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     sync_threads();
 
     // A warp combines the parts' scores of one head, a lane one part: what is left of each part's weight.
-    let n_parts = WARPS as u32 * per_warp;
+    let n_parts = stride;
     if warp < n_heads {
         let at = (lane as usize % n_parts as usize) * HEADS + warp as usize;
         let largest = if lane < n_parts { part_max.get(at) } else { LOWEST };

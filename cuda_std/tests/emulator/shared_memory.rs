@@ -81,12 +81,7 @@ pub unsafe fn stream(x: *const u32, out: *mut u32, n_pieces: u32, last: u32, sta
     // SAFETY: each warp has `n_pieces` pieces of 64 words, the last of which may be cut short.
     let start = |copies: &WarpCopies, ahead: u32, piece: u32| unsafe {
         if piece < n_pieces {
-            copies.start(
-                ahead,
-                x.add(((warp * n_pieces + piece) * 64) as usize).cast(),
-                std::ptr::null(),
-                4 * words(piece),
-            );
+            copies.start(ahead, x.add(((warp * n_pieces + piece) * 64) as usize).cast(), 4 * words(piece));
         }
     };
     for ahead in 0..stages {

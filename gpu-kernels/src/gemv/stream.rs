@@ -253,7 +253,7 @@ impl<const N: usize> Stream<N> {
             let is_last = self.walk.tile + 1 == self.share.n_tiles;
             let bytes = if is_last { self.last_tile_bytes } else { self.tile_bytes };
             // SAFETY: the tile is inside the matrix, and fits a place of the ring.
-            unsafe { self.copies.start(ahead, self.from, core::ptr::null(), bytes) };
+            unsafe { self.copies.start(ahead, self.from, bytes) };
             // The next quad starts where this one ends, unless it is another matrix's.
             self.from = self.from.wrapping_add(bytes as usize);
             let is_next = self.walk.advance();

@@ -3,7 +3,7 @@
 use super::{KvLayer, Rope, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
-use gpu_kernels::attention::{LEAST_PIECES, MAX_SPLITS, MOST_PIECES};
+use gpu_kernels::attention::MAX_SPLITS;
 use gpu_kernels::step::Step;
 use gpu_kernels::{attention as attention_kernel, kv_cache, rope as rope_kernel};
 
@@ -165,11 +165,6 @@ pub fn attention(
     at_least("attention", "workspace.values", &workspace.values, n_splits * n_head * cache.head_dim)?;
     at_least("attention", "workspace.sums", &workspace.sums, n_splits * n_head * 2)?;
     at_least("attention", "workspace.n_ended", &workspace.n_ended, n_rows)?;
-    let room = device.shared_bytes().saturating_sub(attention_kernel::STATIC_SHARED_BYTES);
-    let pieces = match attention_kernel::dynamic_shared_bytes(MOST_PIECES) {
-        bytes if bytes <= room => MOST_PIECES,
-        _ => LEAST_PIECES,
-    };
     let arguments = attention_kernel::Arguments {
         q: q.as_ptr(),
         k_cache: cache.k.as_ptr(),
@@ -186,12 +181,10 @@ pub fn attention(
         lanes: dim((cache.head_dim / 8).next_power_of_two().max(8))?,
         n_ctx: dim(cache.n_ctx)?,
         n_splits: dim(n_splits)?,
-        pieces,
         scale,
     };
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
     config.grid[1] = dim(n_rows)?;
-    config.dynamic_shared_bytes = attention_kernel::dynamic_shared_bytes(pieces);
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
     unsafe { device.launch(attention_kernel::kernel_for(heads), config, (arguments,)) }
 }
