@@ -16,10 +16,12 @@ use cuda_std::warp::{FULL_MASK, warp_reduce_max};
 
 /// Values in a Q8_1 block.
 pub const Q8_1_BLOCK: usize = UNIT;
-/// Values that a thread quantizes: one word of integers.
-pub const VALUES_PER_THREAD: usize = 4;
+/// Values that a thread quantizes, an *octet*: two words of integers.
+pub const OCTET: usize = 8;
+/// Octets in a unit.
+pub const OCTETS: usize = UNIT / OCTET;
 /// Neighbouring lanes that share a Q8_1 block.
-pub const LANES_PER_BLOCK: u32 = (Q8_1_BLOCK / VALUES_PER_THREAD) as u32;
+pub const LANES_PER_BLOCK: u32 = (Q8_1_BLOCK / OCTET) as u32;
 
 /// What a Q8_1 block holds besides its integers.
 #[repr(C, align(8))]
@@ -31,24 +33,27 @@ pub struct Q8_1Scale {
     pub sum: i32,
 }
 
-/// Four values in Q8_1, with the factor of their block: what [`quantize`] gives each lane.
+/// Eight values in Q8_1, with the factor of their block: what [`quantize`] gives each lane.
 #[derive(Clone, Copy, Debug)]
 pub struct Quantized {
     /// The integers, lowest column in the lowest byte.
-    pub word: u32,
+    pub words: [u32; 2],
     /// Their block's factor.
     pub d: f32,
 }
 
-/// Q8_1 of 32 values that lie in eight neighbouring lanes, four each. All lanes of the warp take part.
+/// Q8_1 of 32 values that lie in four neighbouring lanes, eight each. All lanes of the warp take part.
 #[inline(always)]
-pub fn quantize(values: [f32; VALUES_PER_THREAD]) -> Quantized {
-    let amax = values.iter().fold(0.0, |amax, &value| max(amax, abs(value)));
-    let amax = warp_reduce_max(FULL_MASK, amax, LANES_PER_BLOCK);
+pub fn quantize([a, b, c, d, e, f, g, h]: [f32; OCTET]) -> Quantized {
+    let of_4 = |a: f32, b: f32, c: f32, d: f32| max(max(abs(a), abs(b)), max(abs(c), abs(d)));
+    let amax = warp_reduce_max(FULL_MASK, max(of_4(a, b, c, d), of_4(e, f, g, h)), LANES_PER_BLOCK);
     // Blocks of less than any number that matters are 0.
     let inverse = if amax > 1e-36 { div_approx(127.0, amax) } else { 0.0 };
-    let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
-    Quantized { word: q0 | q1 << 8 | q2 << 16 | q3 << 24, d: amax * (1.0 / 127.0) }
+    let word = |values: [f32; 4]| {
+        let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
+        q0 | q1 << 8 | q2 << 16 | q3 << 24
+    };
+    Quantized { words: [word([a, b, c, d]), word([e, f, g, h])], d: amax * (1.0 / 127.0) }
 }
 
 /// A vector in shared memory that tiles of weights can be multiplied with.
@@ -63,9 +68,9 @@ pub trait Activations: Copy {
     /// What a lane holds of it for one unit of weights.
     type Unit: Copy;
 
-    /// Stores four values, `word` counting them from the start of the vector; all lanes of the warp take part, those
-    /// beyond the vector with `word >= n_words` and zeros.
-    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]);
+    /// Stores eight values, `octet` counting them from the start of the vector; all lanes of the warp take part, those
+    /// beyond the vector with `octet >= n_octets`.
+    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]);
 
     /// Reads unit `unit` of those that meet tile `tile`.
     fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Self::Unit;
@@ -93,14 +98,16 @@ pub struct Q8_1Unit {
 }
 
 impl Q8_1 {
-    /// Stores a word of a block that is quantized already.
+    /// Stores eight values that are quantized already.
     #[inline(always)]
-    pub fn store_quantized(memory: DynamicShared<u32>, word: usize, quantized: Quantized) {
-        let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
+    pub fn store_quantized(memory: DynamicShared<u32>, octet: usize, Quantized { words, d }: Quantized) {
+        let (unit, part) = (octet / OCTETS, octet % OCTETS);
         let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-        memory.set(start + (part / 4 * TILE_UNITS + unit) * 4 + part % 4, quantized.word);
+        // Two octets are half a unit.
+        let at = start / 2 + (part / 2 * TILE_UNITS + unit) * 2 + part % 2;
+        memory.view::<u64>().set(at, u64::from(words[0]) | u64::from(words[1]) << 32);
         if part == 0 {
-            memory.set(start + UNIT_WORDS * TILE_UNITS + unit, quantized.d.to_bits());
+            memory.set(start + UNIT_WORDS * TILE_UNITS + unit, d.to_bits());
         }
     }
 }
@@ -118,10 +125,10 @@ impl Activations for Q8_1 {
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
+    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
         let quantized = quantize(values);
-        if word < n_words {
-            Self::store_quantized(memory, word, quantized);
+        if octet < n_octets {
+            Self::store_quantized(memory, octet, quantized);
         }
     }
 
@@ -160,11 +167,13 @@ impl Activations for F32Vector {
     type Unit = F32Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_words: usize, word: usize, values: [f32; VALUES_PER_THREAD]) {
-        if word < n_words {
-            let (unit, part) = (word / UNIT_WORDS, word % UNIT_WORDS);
+    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
+        if octet < n_octets {
+            let (unit, part) = (octet / OCTETS, octet % OCTETS);
             let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-            memory.set4(start + (part * TILE_UNITS + unit) * 4, values.map(f32::to_bits));
+            let [a, b, c, d, e, f, g, h] = values.map(f32::to_bits);
+            memory.set4(start + (2 * part * TILE_UNITS + unit) * 4, [a, b, c, d]);
+            memory.set4(start + ((2 * part + 1) * TILE_UNITS + unit) * 4, [e, f, g, h]);
         }
     }
 

@@ -1,8 +1,8 @@
 //! The vector that a matrix is multiplied with, and its way into shared memory.
 
 use super::MAX_WARPS;
-use crate::activations::{Activations, Q8_1, Q8_1Scale, Quantized, VALUES_PER_THREAD};
-use crate::formats::{UNIT, UNIT_WORDS};
+use crate::activations::{Activations, OCTETS, Q8_1, Q8_1Scale, Quantized};
+use crate::formats::UNIT;
 use cuda_std::float::mul_add;
 use cuda_std::memory::ld_global_u32x4;
 use cuda_std::shared::DynamicShared;
@@ -61,52 +61,56 @@ impl Input {
         may_normalise: bool,
     ) -> f32 {
         let (thread, block_dim) = (thread_idx_x(), block_dim_x());
-        let (first_word, n_words) = (first_unit * UNIT_WORDS as u32, n_units * UNIT_WORDS as u32);
+        let (first_octet, n_octets) = (first_unit * OCTETS as u32, n_units * OCTETS as u32);
         if self.values.is_null() {
-            let mut word = thread;
-            while word < n_words {
-                // SAFETY: the word and its block are inside the vector.
+            let mut octet = thread;
+            while octet < n_octets {
+                let of_vector = (first_octet + octet) as usize;
+                // SAFETY: the octet and its block are inside the vector.
                 let quantized = unsafe {
-                    let scale = *self.scales.add(((first_word + word) / UNIT_WORDS as u32) as usize);
-                    Quantized { word: *self.quants.add((first_word + word) as usize), d: scale.d }
+                    let scale = *self.scales.add(of_vector / OCTETS);
+                    Quantized { words: *self.quants.cast::<[u32; 2]>().add(of_vector), d: scale.d }
                 };
-                Q8_1::store_quantized(memory, word as usize, quantized);
-                word += block_dim;
+                Q8_1::store_quantized(memory, octet as usize, quantized);
+                octet += block_dim;
             }
             return 0.0;
         }
 
         // Warps stay whole: the lanes of a unit quantize it together.
-        let warp_word = thread / WARP_SIZE * WARP_SIZE;
+        let warp_octet = thread / WARP_SIZE * WARP_SIZE;
         let normalises = may_normalise && self.is_normalised();
         let mut square_sum = 0.0;
         let mut round = 0;
-        while round < n_words {
+        while warp_octet + round < n_octets {
             // SAFETY: the vector is as the fields say.
-            let fetch =
-                |i: u32| unsafe { self.fetch(first_word + round + i * block_dim + thread, normalises) };
-            let mut store = |i: u32, fetched: Fetched| {
-                let word = round + i * block_dim;
-                if warp_word + word < n_words {
-                    let (values, squares) = self.scale(first_word + word + thread, fetched, may_normalise);
-                    square_sum += squares;
-                    X::store(memory, n_words as usize, (word + thread) as usize, values);
+            let fetch = |i: u32| unsafe {
+                let word = 2 * (first_octet + round + i * block_dim + thread);
+                [self.fetch(word, normalises), self.fetch(word + 1, normalises)]
+            };
+            let mut store = |i: u32, [low, high]: [Fetched; 2]| {
+                let octet = round + i * block_dim + thread;
+                if warp_octet + round + i * block_dim < n_octets {
+                    let word = 2 * (first_octet + octet);
+                    let ([a, b, c, d], low) = self.scale(word, low, may_normalise);
+                    let ([e, f, g, h], high) = self.scale(word + 1, high, may_normalise);
+                    square_sum += low + high;
+                    X::store(memory, n_octets as usize, octet as usize, [a, b, c, d, e, f, g, h]);
                 }
             };
             // A batch is on its way at once. Written out: an array that is filled by a closure would lie in local memory.
-            macro_rules! batch {
-                ($($fetched:ident = $i:literal),*) => {
-                    $(let $fetched = fetch($i);)*
-                    $(store($i, $fetched);)*
-                };
-            }
             if may_normalise {
                 // These have factors besides, and are the hidden state, which is shorter.
-                batch!(f0 = 0, f1 = 1, f2 = 2);
-                round += 3 * block_dim;
+                let (first, second) = (fetch(0), fetch(1));
+                store(0, first);
+                store(1, second);
+                round += 2 * block_dim;
             } else {
-                batch!(f0 = 0, f1 = 1, f2 = 2, f3 = 3, f4 = 4, f5 = 5);
-                round += 6 * block_dim;
+                let (first, second, third) = (fetch(0), fetch(1), fetch(2));
+                store(0, first);
+                store(1, second);
+                store(2, third);
+                round += 3 * block_dim;
             }
         }
         square_sum
@@ -118,8 +122,8 @@ impl Input {
     /// As [`load`](Self::load).
     #[inline(always)]
     unsafe fn fetch(&self, word: u32, normalises: bool) -> Fetched {
-        let last = self.n.div_ceil(VALUES_PER_THREAD as u32) - 1;
-        let first = word.min(last) as usize * VALUES_PER_THREAD;
+        let last = self.n.div_ceil(4) - 1;
+        let first = word.min(last) as usize * 4;
         // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
         unsafe {
             let values = ld_global_u32x4(self.values.add(first).cast());
@@ -131,28 +135,26 @@ impl Input {
 
     /// Values with their factors, zeros beyond the vector's end, and the sum of the values' squares.
     #[inline(always)]
-    fn scale(&self, word: u32, fetched: Fetched, may_normalise: bool) -> ([f32; VALUES_PER_THREAD], f32) {
+    fn scale(&self, word: u32, fetched: Fetched, may_normalise: bool) -> ([f32; 4], f32) {
         let Fetched { values: mut x, gamma } = fetched;
-        let first = word * VALUES_PER_THREAD as u32;
-        if first + VALUES_PER_THREAD as u32 > self.n {
-            let keep = |i: u32, value: f32| if first + i < self.n { value } else { 0.0 };
+        if 4 * word + 4 > self.n {
+            let keep = |i: u32, value: f32| if 4 * word + i < self.n { value } else { 0.0 };
             x = [keep(0, x[0]), keep(1, x[1]), keep(2, x[2]), keep(3, x[3])];
         }
         if !may_normalise {
             return (x, 0.0);
         }
         let squares = mul_add(x[0], x[0], x[1] * x[1]) + mul_add(x[2], x[2], x[3] * x[3]);
-        // What lies beyond the end of gamma may be anything, but not what stands in for it here.
-        let scaled = |i: usize| if x[i] == 0.0 { 0.0 } else { x[i] * gamma[i] };
-        ([scaled(0), scaled(1), scaled(2), scaled(3)], squares)
+        // What lies beyond the end of gamma is 0, as all padding is.
+        ([x[0] * gamma[0], x[1] * gamma[1], x[2] * gamma[2], x[3] * gamma[3]], squares)
     }
 }
 
-/// What a thread has read of a vector.
+/// Four values as a thread has read them.
 #[derive(Clone, Copy)]
 struct Fetched {
-    values: [f32; VALUES_PER_THREAD],
-    gamma: [f32; VALUES_PER_THREAD],
+    values: [f32; 4],
+    gamma: [f32; 4],
 }
 
 /// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.

@@ -3,7 +3,7 @@
 use super::{Matrix, Q8_1Vector, Rope, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
-use gpu_kernels::activations::{Q8_1_BLOCK, VALUES_PER_THREAD};
+use gpu_kernels::activations::{OCTET, Q8_1_BLOCK};
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::rows::RowOrder;
 use gpu_kernels::sample::{self as sample_kernel, SamplingParameters};
@@ -76,7 +76,7 @@ pub fn quantize_q8_1(device: &Device, x: &Buffer<f32>, out: &mut Q8_1Vector) -> 
     at_least("quantize_q8_1", "x", x, out.len)?;
     at_least("quantize_q8_1", "quants", &out.quants, out.len.div_ceil(Q8_1_BLOCK) * Q8_1_BLOCK / 4)?;
     at_least("quantize_q8_1", "scales", &out.scales, out.len.div_ceil(Q8_1_BLOCK))?;
-    let per_block = quantize::BLOCK_DIM * VALUES_PER_THREAD;
+    let per_block = quantize::BLOCK_DIM * OCTET;
     let config = launch_1d(out.len.div_ceil(per_block), quantize::BLOCK_DIM)?;
     let arguments = (x.as_ptr(), out.quants.as_mut_ptr(), out.scales.as_mut_ptr(), dim(out.len)?);
     // SAFETY: the lengths are checked.
