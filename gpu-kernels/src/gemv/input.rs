@@ -1,20 +1,23 @@
 //! The vector that a matrix is multiplied with, and its way into shared memory.
 
 use super::MAX_WARPS;
-use crate::activations::{Activations, OCTETS, Q8_1, Q8_1Scale, Quantized};
+use crate::activations::{Activations, OCTET, OCTETS, Q8_1, Q8_1Scale, Quantized};
 use crate::formats::UNIT;
 use cuda_std::float::mul_add;
 use cuda_std::memory::ld_global_u32x4;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add};
+use half::bf16;
 
-/// A vector, as a launch passes it: f32 values, to be normalised or not, or Q8_1.
+/// A vector, as a launch passes it: f32 values, to be normalised or not, bfloat16, or Q8_1.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Input {
-    /// `[n]`, at a multiple of 16 bytes and readable up to one; null where the vector is in Q8_1.
+    /// `[n]`, at a multiple of 16 bytes and readable up to one; null where the vector is of another kind.
     pub values: *const f32,
+    /// `[n]` likewise, null where the vector is of another kind; not for products in f32.
+    pub halves: *const bf16,
     /// `[n]` likewise, the factors of RMSNorm; null where nothing is normalised.
     pub gamma: *const f32,
     /// `[n.div_ceil(32) * 8]` words of four integers.
@@ -27,7 +30,12 @@ pub struct Input {
     pub per_n: f32,
     /// What RMSNorm adds to the mean square.
     pub eps: f32,
+    /// [`BATCH`]: as a number that the compiler does not know, so that it does not write out the loop over a batch.
+    pub batch: u32,
 }
+
+/// Octets of a vector that a thread has on their way at once.
+pub const BATCH: u32 = 2;
 
 impl Input {
     /// Units of 32 values, the last one filled up.
@@ -62,7 +70,7 @@ impl Input {
     ) -> f32 {
         let (thread, block_dim) = (thread_idx_x(), block_dim_x());
         let (first_octet, n_octets) = (first_unit * OCTETS as u32, n_units * OCTETS as u32);
-        if self.values.is_null() {
+        if self.values.is_null() && self.halves.is_null() {
             let mut octet = thread;
             while octet < n_octets {
                 let of_vector = (first_octet + octet) as usize;
@@ -79,82 +87,112 @@ impl Input {
 
         // Warps stay whole: the lanes of a unit quantize it together.
         let warp_octet = thread / WARP_SIZE * WARP_SIZE;
+        let is_narrow = X::IS_ROUNDED && !may_normalise && !self.halves.is_null();
         let normalises = may_normalise && self.is_normalised();
         let mut square_sum = 0.0;
-        let mut round = 0;
-        while warp_octet + round < n_octets {
+        let mut octet = thread;
+        while warp_octet + octet - thread < n_octets {
+            // A batch is on its way at once, and each of it is stored by the same code, which is to stay in the
+            // instruction caches with the rest of the kernel.
+            let (near, far) = (first_octet + octet, first_octet + octet + block_dim);
             // SAFETY: the vector is as the fields say.
-            let fetch = |i: u32| unsafe {
-                let word = 2 * (first_octet + round + i * block_dim + thread);
-                [self.fetch(word, normalises), self.fetch(word + 1, normalises)]
-            };
-            let mut store = |i: u32, [low, high]: [Fetched; 2]| {
-                let octet = round + i * block_dim + thread;
-                if warp_octet + round + i * block_dim < n_octets {
-                    let word = 2 * (first_octet + octet);
-                    let ([a, b, c, d], low) = self.scale(word, low, may_normalise);
-                    let ([e, f, g, h], high) = self.scale(word + 1, high, may_normalise);
-                    square_sum += low + high;
-                    X::store(memory, n_octets as usize, octet as usize, [a, b, c, d, e, f, g, h]);
+            let ([mut x, next_x], [mut factors, next_factors]) = unsafe {
+                if is_narrow {
+                    let words = [self.fetch_halves(near), self.fetch_halves(far)];
+                    (words.map(widen), [[1.0; OCTET]; 2])
+                } else {
+                    let factors = |octet: u32| self.fetch_factors(octet, normalises);
+                    ([self.fetch(near), self.fetch(far)], [factors(near), factors(far)])
                 }
             };
-            // A batch is on its way at once. Written out: an array that is filled by a closure would lie in local memory.
-            if may_normalise {
-                // These have factors besides, and are the hidden state, which is shorter.
-                let (first, second) = (fetch(0), fetch(1));
-                store(0, first);
-                store(1, second);
-                round += 2 * block_dim;
-            } else {
-                let (first, second, third) = (fetch(0), fetch(1), fetch(2));
-                store(0, first);
-                store(1, second);
-                store(2, third);
-                round += 3 * block_dim;
+            let end = octet + self.batch * block_dim;
+            while octet < end && warp_octet + octet - thread < n_octets {
+                let (values, squares) = self.scale(first_octet + octet, x, factors, normalises);
+                square_sum += squares;
+                X::store(memory, n_octets as usize, octet as usize, values);
+                (x, factors) = (next_x, next_factors);
+                octet += block_dim;
             }
+            octet = end;
         }
         square_sum
     }
 
-    /// Values `4 * word` and on, and their factors; those of the vector's last word beyond its end.
+    /// Values `8 * octet` and on, the vector's last ones beyond its end.
     ///
     /// # Safety
     /// As [`load`](Self::load).
     #[inline(always)]
-    unsafe fn fetch(&self, word: u32, normalises: bool) -> Fetched {
+    unsafe fn fetch(&self, octet: u32) -> [f32; OCTET] {
+        // SAFETY: the caller's promise.
+        unsafe { self.fetch_from(self.values, octet) }
+    }
+
+    /// Their factors; 1 where nothing is normalised.
+    ///
+    /// # Safety
+    /// As [`load`](Self::load).
+    #[inline(always)]
+    unsafe fn fetch_factors(&self, octet: u32, normalises: bool) -> [f32; OCTET] {
+        // SAFETY: the caller's promise.
+        if normalises { unsafe { self.fetch_from(self.gamma, octet) } } else { [1.0; OCTET] }
+    }
+
+    /// Eight of `n` values.
+    ///
+    /// # Safety
+    /// `values` must be to as many, at a multiple of 16 bytes and readable up to one.
+    #[inline(always)]
+    unsafe fn fetch_from(&self, values: *const f32, octet: u32) -> [f32; OCTET] {
         let last = self.n.div_ceil(4) - 1;
-        let first = word.min(last) as usize * 4;
+        // SAFETY: inside the vector.
+        let four = |word: u32| unsafe { ld_global_u32x4(values.add(word.min(last) as usize * 4).cast()) };
+        let ([a, b, c, d], [e, f, g, h]) = (four(2 * octet), four(2 * octet + 1));
+        [a, b, c, d, e, f, g, h].map(f32::from_bits)
+    }
+
+    /// Values `8 * octet` and on in bfloat16; the vector's last ones beyond its end.
+    ///
+    /// # Safety
+    /// As [`load`](Self::load).
+    #[inline(always)]
+    unsafe fn fetch_halves(&self, octet: u32) -> [u32; 4] {
+        let last = self.n.div_ceil(8) - 1;
         // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
-        unsafe {
-            let values = ld_global_u32x4(self.values.add(first).cast());
-            let gamma =
-                if normalises { ld_global_u32x4(self.gamma.add(first).cast()) } else { [1f32.to_bits(); 4] };
-            Fetched { values: values.map(f32::from_bits), gamma: gamma.map(f32::from_bits) }
-        }
+        unsafe { ld_global_u32x4(self.halves.add(octet.min(last) as usize * 8).cast()) }
     }
 
     /// Values with their factors, zeros beyond the vector's end, and the sum of the values' squares.
     #[inline(always)]
-    fn scale(&self, word: u32, fetched: Fetched, may_normalise: bool) -> ([f32; 4], f32) {
-        let Fetched { values: mut x, gamma } = fetched;
-        if 4 * word + 4 > self.n {
-            let keep = |i: u32, value: f32| if 4 * word + i < self.n { value } else { 0.0 };
-            x = [keep(0, x[0]), keep(1, x[1]), keep(2, x[2]), keep(3, x[3])];
+    fn scale(
+        &self,
+        octet: u32,
+        x: [f32; OCTET],
+        [fa, fb, fc, fd, fe, ff, fg, fh]: [f32; OCTET],
+        normalises: bool,
+    ) -> ([f32; OCTET], f32) {
+        let mut x = x;
+        let n_left = self.n.saturating_sub(OCTET as u32 * octet);
+        if n_left < OCTET as u32 {
+            let keep = |i: usize| if (i as u32) < n_left { x[i] } else { 0.0 };
+            x = [keep(0), keep(1), keep(2), keep(3), keep(4), keep(5), keep(6), keep(7)];
         }
-        if !may_normalise {
+        if !normalises {
             return (x, 0.0);
         }
-        let squares = mul_add(x[0], x[0], x[1] * x[1]) + mul_add(x[2], x[2], x[3] * x[3]);
+        let [a, b, c, d, e, f, g, h] = x;
+        let squares = |a: f32, b: f32, c: f32, d: f32| mul_add(a, a, b * b) + mul_add(c, c, d * d);
         // What lies beyond the end of gamma is 0, as all padding is.
-        ([x[0] * gamma[0], x[1] * gamma[1], x[2] * gamma[2], x[3] * gamma[3]], squares)
+        let scaled = [a * fa, b * fb, c * fc, d * fd, e * fe, f * ff, g * fg, h * fh];
+        (scaled, squares(a, b, c, d) + squares(e, f, g, h))
     }
 }
 
-/// Four values as a thread has read them.
-#[derive(Clone, Copy)]
-struct Fetched {
-    values: [f32; 4],
-    gamma: [f32; 4],
+/// Eight values of bfloat16.
+#[inline(always)]
+fn widen([w0, w1, w2, w3]: [u32; 4]) -> [f32; OCTET] {
+    let (low, high) = (|word: u32| f32::from_bits(word << 16), |word: u32| f32::from_bits(word & 0xffff_0000));
+    [low(w0), high(w0), low(w1), high(w1), low(w2), high(w2), low(w3), high(w3)]
 }
 
 /// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.
