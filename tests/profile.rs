@@ -36,9 +36,9 @@ fn costs_match_counts_by_hand() {
     attention(fused(Op::Attention));
     attention(unfused(Op::Attention));
     // A norm, 192 rows of 64.
-    check(fused(Op::FfnSwiglu), 256 + 192 * 256, 256 + 192, 2 * 192 * 64);
-    // The hidden state is read, and written again; what is between gate and up and down has two bytes a value.
-    check(fused(Op::FfnOutput), 96 * 256, 192 + 2 * 256, 2 * 96 * 64);
+    check(fused(Op::FfnSwiglu), 256 + 192 * 256, 256 + 384, 2 * 192 * 64);
+    // The hidden state is read, and written again.
+    check(fused(Op::FfnOutput), 96 * 256, 384 + 2 * 256, 2 * 96 * 64);
     check(fused(Op::Logits), 256 + 16 * 256, 256 + 64, 2 * 16 * 64);
     // A row; 64 values, 16 frequencies of 8 bytes, 16 angles of 8 bytes.
     check(fused(Op::Embed), 256, 256 + 128 + 128, 0);

@@ -5,7 +5,7 @@
 
 mod half;
 
-pub use half::{f16_to_f32, f32_to_bf16, f32_to_f16};
+pub use half::{f16_to_f32, f32_to_f16};
 
 #[cfg(not(target_arch = "nvptx64"))]
 use core::f32::consts::LN_2;

@@ -65,8 +65,6 @@ pub trait Activations: Copy {
     const MAX_WARPS: u32;
     /// Whether a vector may be too long for shared memory, and is then taken in slabs.
     const IN_SLABS: bool;
-    /// Whether values are rounded to eight bits, and may be rounded to bfloat16 on their way then.
-    const IS_ROUNDED: bool;
     /// What a lane holds of it for one unit of weights.
     type Unit: Copy;
 
@@ -124,7 +122,6 @@ impl Activations for Q8_1 {
     const UNIT_WORDS: usize = UNIT_WORDS + 1;
     const MAX_WARPS: u32 = 12;
     const IN_SLABS: bool = false;
-    const IS_ROUNDED: bool = true;
     type Unit = Q8_1Unit;
 
     #[inline(always)]
@@ -167,7 +164,6 @@ impl Activations for F32Vector {
     const UNIT_WORDS: usize = UNIT;
     const MAX_WARPS: u32 = 8;
     const IN_SLABS: bool = true;
-    const IS_ROUNDED: bool = false;
     type Unit = F32Unit;
 
     #[inline(always)]

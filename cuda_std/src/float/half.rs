@@ -65,32 +65,6 @@ pub fn f32_to_f16(value: f32) -> u16 {
     }
 }
 
-/// The bits of the bfloat16 nearest to `value`, ties to even; every NaN becomes one.
-#[inline(always)]
-pub fn f32_to_bf16(value: f32) -> u16 {
-    cfg_select! {
-        target_arch = "nvptx64" => {
-            let bits;
-            // SAFETY: arithmetic alone.
-            unsafe {
-                core::arch::asm!(
-                    "cvt.rn.bf16.f32 {bits}, {value};",
-                    value = in(reg32) value,
-                    bits = out(reg16) bits,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            bits
-        }
-        _ => {
-            let bits = value.to_bits();
-            // Half of the last digit that stays, less if that one is even. The carry may go on into the exponent.
-            let odd = (bits >> 16) & 1;
-            if value.is_nan() { 0x7fff } else { ((bits + 0x7fff + odd) >> 16) as u16 }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,34 +119,6 @@ mod tests {
             }
             assert_eq!(half >> 15 == 1, value.is_sign_negative());
             assert!(magnitude < 65_520.0 || found == 0x7c00);
-        }
-    }
-
-    #[test]
-    fn f32_rounds_to_the_nearest_bf16() {
-        let wide = |half: u16| f64::from(f32::from_bits(u32::from(half) << 16));
-        for bits in (0..=u32::MAX).step_by(1021) {
-            let value = f32::from_bits(bits);
-            let half = f32_to_bf16(value);
-            if value.is_nan() {
-                assert_eq!(half, 0x7fff);
-                continue;
-            }
-            assert_eq!(half >> 15 == 1, value.is_sign_negative());
-            // Infinity stands for the power of 2 after the largest number.
-            let at = |half: u16| if half & 0x7fff == 0x7f80 { 2f64.powi(128) } else { wide(half & 0x7fff) };
-            if value.is_finite() {
-                let error = |half: u16| (at(half) - f64::from(value.abs())).abs();
-                let found = half & 0x7fff;
-                for neighbour in [found.saturating_sub(1), (found + 1).min(0x7f80)] {
-                    let is_nearest = error(found) < error(neighbour)
-                        || neighbour == found
-                        || (error(found) == error(neighbour) && found.is_multiple_of(2));
-                    assert!(is_nearest, "{value:e}: {half:#06x}");
-                }
-            } else {
-                assert_eq!(half & 0x7fff, 0x7f80);
-            }
         }
     }
 }

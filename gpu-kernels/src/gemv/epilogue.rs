@@ -6,10 +6,10 @@ use crate::formats::tile::TILE_ROWS;
 use crate::math::silu;
 use crate::rope::rotate;
 use crate::step::Step;
-use cuda_std::float::{f32_to_bf16, f32_to_f16};
+use cuda_std::float::f32_to_f16;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::shared::DynamicShared;
-use half::{bf16, f16};
+use half::f16;
 
 /// What finishing a quad needs besides the sums; it waits in shared memory, where it takes no registers.
 pub trait Prepared: Copy + Default {
@@ -188,10 +188,8 @@ impl Epilogue for StoreOrdered {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Swiglu {
-    /// `[n_rows / 2]`; null where `halves` are written.
+    /// `[n_rows / 2]`.
     pub y: *mut f32,
-    /// `[n_rows / 2]`, at a multiple of 4 bytes.
-    pub halves: *mut bf16,
 }
 
 impl Epilogue for Swiglu {
@@ -209,17 +207,10 @@ impl Epilogue for Swiglu {
         [gate0, gate1, up0, up1]: [f32; TILE_ROWS],
         (): (),
     ) {
-        let (first, second) = (silu(gate0) * up0, silu(gate1) * up1);
-        let at = 2 * quad.number as usize;
-        // SAFETY: the quad's two gates are inside the output, which is even.
+        // SAFETY: the quad's two gates are inside `y`, which is even.
         unsafe {
-            if self.y.is_null() {
-                let word = u32::from(f32_to_bf16(first)) | u32::from(f32_to_bf16(second)) << 16;
-                *self.halves.add(at).cast::<u32>() = word;
-            } else {
-                *self.y.add(at) = first;
-                *self.y.add(at + 1) = second;
-            }
+            *self.y.add(2 * quad.number as usize) = silu(gate0) * up0;
+            *self.y.add(2 * quad.number as usize + 1) = silu(gate1) * up1;
         }
     }
 }

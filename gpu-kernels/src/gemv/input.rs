@@ -8,16 +8,13 @@ use cuda_std::memory::ld_global_u32x4;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add};
-use half::bf16;
 
-/// A vector, as a launch passes it: f32 values, to be normalised or not, bfloat16, or Q8_1.
+/// A vector, as a launch passes it: f32 values, to be normalised or not, or Q8_1.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Input {
-    /// `[n]`, at a multiple of 16 bytes and readable up to one; null where the vector is of another kind.
+    /// `[n]`, at a multiple of 16 bytes and readable up to one; null where the vector is in Q8_1.
     pub values: *const f32,
-    /// `[n]` likewise, null where the vector is of another kind; not for products in f32.
-    pub halves: *const bf16,
     /// `[n]` likewise, the factors of RMSNorm; null where nothing is normalised.
     pub gamma: *const f32,
     /// `[n.div_ceil(32) * 8]` words of four integers.
@@ -70,7 +67,7 @@ impl Input {
     ) -> f32 {
         let (thread, block_dim) = (thread_idx_x(), block_dim_x());
         let (first_octet, n_octets) = (first_unit * OCTETS as u32, n_units * OCTETS as u32);
-        if self.values.is_null() && self.halves.is_null() {
+        if self.values.is_null() {
             let mut octet = thread;
             while octet < n_octets {
                 let of_vector = (first_octet + octet) as usize;
@@ -87,7 +84,6 @@ impl Input {
 
         // Warps stay whole: the lanes of a unit quantize it together.
         let warp_octet = thread / WARP_SIZE * WARP_SIZE;
-        let is_narrow = X::IS_ROUNDED && !may_normalise && !self.halves.is_null();
         let normalises = may_normalise && self.is_normalised();
         let mut square_sum = 0.0;
         let mut octet = thread;
@@ -97,13 +93,8 @@ impl Input {
             let (near, far) = (first_octet + octet, first_octet + octet + block_dim);
             // SAFETY: the vector is as the fields say.
             let ([mut x, next_x], [mut factors, next_factors]) = unsafe {
-                if is_narrow {
-                    let words = [self.fetch_halves(near), self.fetch_halves(far)];
-                    (words.map(widen), [[1.0; OCTET]; 2])
-                } else {
-                    let factors = |octet: u32| self.fetch_factors(octet, normalises);
-                    ([self.fetch(near), self.fetch(far)], [factors(near), factors(far)])
-                }
+                let factors = |octet: u32| self.fetch_factors(octet, normalises);
+                ([self.fetch(near), self.fetch(far)], [factors(near), factors(far)])
             };
             let end = octet + self.batch * block_dim;
             while octet < end && warp_octet + octet - thread < n_octets {
@@ -151,17 +142,6 @@ impl Input {
         [a, b, c, d, e, f, g, h].map(f32::from_bits)
     }
 
-    /// Values `8 * octet` and on in bfloat16; the vector's last ones beyond its end.
-    ///
-    /// # Safety
-    /// As [`load`](Self::load).
-    #[inline(always)]
-    unsafe fn fetch_halves(&self, octet: u32) -> [u32; 4] {
-        let last = self.n.div_ceil(8) - 1;
-        // SAFETY: inside the vector, whose memory is a multiple of 16 bytes long.
-        unsafe { ld_global_u32x4(self.halves.add(octet.min(last) as usize * 8).cast()) }
-    }
-
     /// Values with their factors, zeros beyond the vector's end, and the sum of the values' squares.
     #[inline(always)]
     fn scale(
@@ -186,13 +166,6 @@ impl Input {
         let scaled = [a * fa, b * fb, c * fc, d * fd, e * fe, f * ff, g * fg, h * fh];
         (scaled, squares(a, b, c, d) + squares(e, f, g, h))
     }
-}
-
-/// Eight values of bfloat16.
-#[inline(always)]
-fn widen([w0, w1, w2, w3]: [u32; 4]) -> [f32; OCTET] {
-    let (low, high) = (|word: u32| f32::from_bits(word << 16), |word: u32| f32::from_bits(word & 0xffff_0000));
-    [low(w0), high(w0), low(w1), high(w1), low(w2), high(w2), low(w3), high(w3)]
 }
 
 /// Leaves the sum of this warp's squares at its word of [`MAX_WARPS`] from `at` on; zeros for warps that do not exist.

@@ -10,18 +10,15 @@ use super::weights::{GateUp, Layer, Linear, Weights};
 use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
-use crate::ops::{self, AttentionWorkspace, Input, KvLayer, Norm, Output, Q8_1Vector, QkvWeights, SwigluOutput};
+use crate::ops::{self, AttentionWorkspace, Input, KvLayer, Norm, Output, Q8_1Vector, QkvWeights};
 use anyhow::Result;
 use gpu_kernels::step::Step;
-use half::bf16;
 
 /// The feed-forward network's scratch buffers.
 #[derive(Debug)]
 pub struct FfnBuffers {
     /// `silu(gate) * up`: `[n_ff]`.
     pub(super) hidden: Buffer<f32>,
-    /// Likewise, where it is rounded to eight bits next.
-    pub(super) hidden_bf16: Buffer<bf16>,
     /// Gate and up, where they are not fused: `[2 * n_ff]`.
     pub(super) gate_up: Buffer<f32>,
     /// `hidden` in Q8_1, where that is a step of its own: `[n_ff]`.
@@ -36,7 +33,6 @@ impl FfnBuffers {
     pub fn alloc(device: &Device, n_ff: usize) -> Result<Self> {
         Ok(Self {
             hidden: device.alloc(n_ff)?,
-            hidden_bf16: device.alloc(n_ff)?,
             gate_up: device.alloc(2 * n_ff)?,
             hidden_q8: Q8_1Vector::alloc(device, n_ff)?,
         })
@@ -148,8 +144,9 @@ pub fn layer(
     probe.after(Op::AttnOutput, index, device, &b.x)?;
 
     let norm = Norm { gamma: &weights.ffn_norm, eps: rms_eps };
-    let hidden = swiglu(device, &weights.ffn_gate_up, activations, &b.x, Some(norm), &mut b.ffn)?;
-    probe.after(Op::FfnSwiglu, index, device, &hidden)?;
+    swiglu(device, &weights.ffn_gate_up, input(activations, &b.x), Some(norm), &mut b.ffn)?;
+    probe.after(Op::FfnSwiglu, index, device, &b.ffn.hidden)?;
+    let hidden = input(activations, &b.ffn.hidden);
     ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x))?;
     probe.after(Op::FfnOutput, index, device, &b.x)
 }
@@ -166,36 +163,21 @@ pub fn ffn(
     output: &mut Buffer<f32>,
     b: &mut FfnBuffers,
 ) -> Result<()> {
-    let hidden = swiglu(device, &weights.ffn_gate_up, activations, x, None, b)?;
-    ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(output))
+    swiglu(device, &weights.ffn_gate_up, input(activations, x), None, b)?;
+    ops::gemv(device, &weights.ffn_down, input(activations, &b.hidden), None, Output::Add(output))
 }
 
-/// `silu(gate x) * (up x)`, as the next matrix takes it.
-fn swiglu<'b>(
-    device: &Device,
-    weights: &GateUp,
-    activations: Activations,
-    x: &Buffer<f32>,
-    norm: Option<Norm>,
-    b: &'b mut FfnBuffers,
-) -> Result<Input<'b>> {
-    let x = input(activations, x);
-    match (weights, activations) {
-        (GateUp::Joined(matrix), Activations::F32) => {
-            ops::gemv_swiglu(device, matrix, x, norm, SwigluOutput::F32(&mut b.hidden))?;
-        }
-        (GateUp::Joined(matrix), Activations::Q8_1) => {
-            ops::gemv_swiglu(device, matrix, x, norm, SwigluOutput::Bf16(&mut b.hidden_bf16))?;
-            return Ok(Input::Bf16(&b.hidden_bf16));
-        }
-        (GateUp::Apart { gate, up }, _) => {
+/// `b.hidden = silu(gate x) * (up x)`.
+fn swiglu(device: &Device, weights: &GateUp, x: Input, norm: Option<Norm>, b: &mut FfnBuffers) -> Result<()> {
+    match weights {
+        GateUp::Joined(matrix) => ops::gemv_swiglu(device, matrix, x, norm, &mut b.hidden),
+        GateUp::Apart { gate, up } => {
             let mut up_values = b.gate_up.part(0..up.n_rows());
             ops::gemv(device, gate, x, norm, Output::Set(&mut b.hidden))?;
             ops::gemv(device, up, x, norm, Output::Set(&mut up_values))?;
-            ops::swiglu(device, &mut b.hidden, &up_values)?;
+            ops::swiglu(device, &mut b.hidden, &up_values)
         }
     }
-    Ok(input(activations, &b.hidden))
 }
 
 /// The three matrices that a token's queries, keys and values come from.

@@ -1,7 +1,7 @@
 //! Stopping or watching a run after any operation: for debugging a kernel, for timing, and for tests.
 
 use crate::device::{Buffer, Device};
-use crate::ops::{Input, KvLayer, Q8_1Vector};
+use crate::ops::{KvLayer, Q8_1Vector};
 use anyhow::Result;
 use std::fmt;
 
@@ -135,16 +135,6 @@ pub(super) trait Values {
 impl Values for Buffer<f32> {
     fn values(&self, device: &Device) -> Result<Vec<f32>> {
         device.to_vec(self)
-    }
-}
-
-impl Values for Input<'_> {
-    fn values(&self, device: &Device) -> Result<Vec<f32>> {
-        match self {
-            Input::F32(values) | Input::Quantized(values) => values.values(device),
-            Input::Bf16(values) => Ok(device.to_vec(values)?.into_iter().map(f32::from).collect()),
-            Input::Q8_1(vector) => vector.values(device),
-        }
     }
 }
 

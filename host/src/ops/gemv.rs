@@ -14,7 +14,6 @@ use gpu_kernels::gemv::{self as kernels, Kernels, MatrixRef, Schedule};
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
-use half::bf16;
 use std::ptr;
 
 /// Where a product goes.
@@ -45,7 +44,6 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     let is_natural = weights.order() == RowOrder::NATURAL;
     let ordered_output = match output {
         Output::Set(y) if is_natural => {
-            not_bf16("gemv", x)?;
             aligned("gemv", "y", y, weights.n_rows())?;
             let output = Store { y: y.as_mut_ptr() };
             // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
@@ -87,15 +85,6 @@ fn ordered(x: Input) -> &'static Kernel<(MatrixRef, KernelInput, Schedule, Store
     if x.is_exact() { &kernels::ordered_exact::GEMV } else { &kernels::ordered::GEMV }
 }
 
-/// Where SwiGLU goes.
-#[derive(Debug)]
-pub enum SwigluOutput<'a> {
-    /// As it is.
-    F32(&'a mut Buffer<f32>),
-    /// Rounded to bfloat16, for a product that rounds it to eight bits next: half as much for every block to read.
-    Bf16(&'a mut Buffer<bf16>),
-}
-
 /// `y = silu(G x) * (U x)` of a matrix that has `G` above `U`, in [`Order::Halves`]; `x` is normalised first where there
 /// is a norm.
 ///
@@ -106,28 +95,18 @@ pub fn gemv_swiglu(
     gate_up: &Matrix,
     x: Input,
     norm: Option<Norm>,
-    y: SwigluOutput,
+    y: &mut Buffer<f32>,
 ) -> Result<()> {
     ensure!(
         gate_up.order().order == Order::Halves as u32,
         "gemv_swiglu: gate and up must be one matrix in halves, found {:?}",
         gate_up.order()
     );
-    not_bf16("gemv_swiglu", x)?;
     let input = input("gemv_swiglu", gate_up, x, norm)?;
+    at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
     let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], x.is_exact(), Room::LessThanHalf)?;
     let kernel = kernels(gate_up, x).gemv_swiglu;
-    let n = gate_up.n_rows() / 2;
-    let output = match y {
-        SwigluOutput::F32(y) => {
-            at_least("gemv_swiglu", "y", y, n)?;
-            Swiglu { y: y.as_mut_ptr(), halves: ptr::null_mut() }
-        }
-        SwigluOutput::Bf16(y) => {
-            aligned("gemv_swiglu", "y", y, n)?;
-            Swiglu { y: ptr::null_mut(), halves: y.as_mut_ptr() }
-        }
-    };
+    let output = Swiglu { y: y.as_mut_ptr() };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
     unsafe { device.launch(kernel, config, (gate_up.as_ref()?, input, schedule, output)) }
 }
@@ -192,7 +171,6 @@ pub fn gemv_qkv(
             at_least("gemv_qkv", "bias", bias, matrix.n_rows())?;
         }
     }
-    not_bf16("gemv_qkv", x)?;
     let input = input("gemv_qkv", wq, x, norm)?;
     at_least("gemv_qkv", "q", q, wq.n_rows())?;
     at_least("gemv_qkv", "rotation", rotation, n_rot / 2)?;
@@ -223,12 +201,6 @@ pub fn gemv_qkv(
     unsafe { device.launch(kernel, config, arguments) }
 }
 
-/// Refuses a vector in bfloat16: kernels that may have to normalise do not take it.
-fn not_bf16(operation: &str, x: Input) -> Result<()> {
-    ensure!(!matches!(x, Input::Bf16(_)), "{operation}: the vector must be in f32 or Q8_1, found bfloat16");
-    Ok(())
-}
-
 /// The input as a launch passes it.
 fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Result<KernelInput> {
     ensure!(
@@ -240,7 +212,6 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
     );
     let mut input = KernelInput {
         values: ptr::null(),
-        halves: ptr::null(),
         gamma: ptr::null(),
         quants: ptr::null(),
         scales: ptr::null(),
@@ -253,11 +224,6 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
         Input::F32(values) | Input::Quantized(values) => {
             aligned(operation, "x", values, x.len())?;
             input.values = values.as_ptr();
-        }
-        Input::Bf16(values) => {
-            ensure!(norm.is_none(), "{operation}: a vector in bfloat16 cannot be normalised");
-            aligned(operation, "x", values, x.len())?;
-            input.halves = values.as_ptr();
         }
         Input::Q8_1(vector) => {
             ensure!(norm.is_none(), "{operation}: a vector in Q8_1 cannot be normalised");

@@ -11,7 +11,7 @@ mod types;
 
 pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, rope};
 pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
-pub use gemv::{Output, QkvWeights, SwigluOutput, gemv, gemv_qkv, gemv_swiglu, pair_order};
+pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use matrix::{Matrix, Packer};
 pub use read::read;
 pub use types::{Input, KvLayer, Norm, Q8_1Vector, Rope};

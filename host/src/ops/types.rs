@@ -7,7 +7,7 @@ use gpu_kernels::activations::{Q8_1_BLOCK, Q8_1Scale};
 use gpu_kernels::attention::{HEAD_DIM_STEP, MAX_HEAD_DIM};
 use gpu_kernels::random;
 use gpu_kernels::rope::RopeLayout;
-use half::{bf16, f16};
+use half::f16;
 
 /// A Q8_1 vector in device memory ([`gpu_kernels::activations`]).
 #[derive(Debug)]
@@ -59,8 +59,6 @@ pub enum Input<'a> {
     F32(&'a Buffer<f32>),
     /// Fast: quantized to Q8_1 by the kernel itself, integer products with dp4a.
     Quantized(&'a Buffer<f32>),
-    /// Fast: likewise, of values in bfloat16.
-    Bf16(&'a Buffer<bf16>),
     /// Fast: in Q8_1 already.
     Q8_1(&'a Q8_1Vector),
 }
@@ -73,7 +71,6 @@ impl Input<'_> {
     pub(super) fn len(&self) -> usize {
         match self {
             Input::F32(values) | Input::Quantized(values) => values.len(),
-            Input::Bf16(values) => values.len(),
             Input::Q8_1(vector) => vector.len(),
         }
     }

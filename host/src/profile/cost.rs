@@ -105,11 +105,6 @@ pub fn cost(model: &Model, Point { op, layer }: Point, n_positions: usize) -> Re
         (Fusion::Unfused, Activations::Q8_1) => q8_1s(n),
         _ => f32s(n),
     };
-    // Between gate and up and down.
-    let hidden = |n| match (settings.fusion, settings.activations, &layer.ffn_gate_up) {
-        (Fusion::Fused, Activations::Q8_1, GateUp::Joined(_)) => n * size_of::<half::bf16>(),
-        _ => f32s(n),
-    };
     let norm = |gamma: &Buffer<f32>| if is_fused { Cost::weights(gamma.n_bytes()) } else { Cost::default() };
 
     Ok(match op {
@@ -146,14 +141,11 @@ pub fn cost(model: &Model, Point { op, layer }: Point, n_positions: usize) -> Re
         Op::AttnOutput => Cost::matrix(&layer.attn_output) + Cost::other(input(n_q) + 2 * f32s(n_embd)),
         Op::FfnGateUp => Cost::gate_up(&layer.ffn_gate_up) + Cost::other(input(n_embd) + 2 * f32s(n_ff)),
         Op::FfnSwiglu if is_fused => {
-            let vectors = input(n_embd) + hidden(n_ff);
+            let vectors = input(n_embd) + f32s(n_ff);
             norm(&layer.ffn_norm) + Cost::gate_up(&layer.ffn_gate_up) + Cost::other(vectors)
         }
         Op::FfnSwiglu => Cost::other(3 * f32s(n_ff)),
-        Op::FfnOutput => {
-            let n_in = if is_fused { hidden(n_ff) } else { input(n_ff) };
-            Cost::matrix(&layer.ffn_down) + Cost::other(n_in + 2 * f32s(n_embd))
-        }
+        Op::FfnOutput => Cost::matrix(&layer.ffn_down) + Cost::other(input(n_ff) + 2 * f32s(n_embd)),
         Op::Logits => {
             let vectors = input(n_embd) + f32s(n_vocab);
             norm(&weights.output_norm) + Cost::matrix(weights.output()) + Cost::other(vectors)
