@@ -68,72 +68,12 @@ pub trait Epilogue: Copy {
     unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: Self::Prepared);
 }
 
-/// What becomes of a product with a vector in a layer.
-#[repr(u32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Stored: `y = W x`, rows in natural order.
-    Store = 0,
-    /// Added: `y += W x`, rows in natural order.
-    Add = 1,
-    /// `y = silu(gate) * up`, of a matrix whose quads hold two rows of each.
-    Swiglu = 2,
-    /// Queries, keys and values: see [`Qkv`]. The parts of the launch are q, k and v.
-    Qkv = 3,
-}
-
-/// Finishes any product of a layer: one kernel does all of them, and its code stays in the instruction caches from one
-/// to the next.
+/// Stores the product: `y = W x`, rows in natural order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Finish {
-    /// A [`Kind`].
-    pub kind: u32,
-    /// The result, `[n_rows]` or of SwiGLU half as many, at a multiple of 16 bytes and readable up to one; null for
-    /// queries, keys and values.
+pub struct Store {
+    /// `[n_rows]`, at a multiple of 16 bytes.
     pub y: *mut f32,
-    /// Of queries, keys and values.
-    pub qkv: Qkv,
-}
-
-impl Epilogue for Finish {
-    const NORMALISES: bool = true;
-    type Prepared = QuadContext;
-
-    #[inline(always)]
-    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> QuadContext {
-        // Read here: which field a branch reads would make an address, and put all of them into local memory.
-        let Self { kind, y, qkv } = *self;
-        // SAFETY: the caller's promise; the quad starts inside `y`.
-        unsafe {
-            if kind == Kind::Qkv as u32 {
-                qkv.prepare(quad)
-            } else if kind == Kind::Add as u32 {
-                let values = ld_global_u32x4(y.add(quad.number as usize * TILE_ROWS).cast());
-                QuadContext { rows: values.map(f32::from_bits), ..QuadContext::default() }
-            } else {
-                QuadContext::default()
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: QuadContext) {
-        let ([s0, s1, s2, s3], Self { kind, y, qkv }) = (sums, *self);
-        // SAFETY: the caller's promise; a quad's two gates are inside `y`, which is even.
-        unsafe {
-            if kind == Kind::Qkv as u32 {
-                qkv.finish(quad, sums, prepared);
-            } else if kind == Kind::Swiglu as u32 {
-                *y.add(2 * quad.number as usize) = silu(s0) * s2;
-                *y.add(2 * quad.number as usize + 1) = silu(s1) * s3;
-            } else {
-                // What is not added to is 0.
-                let [y0, y1, y2, y3] = prepared.rows;
-                store(y, quad, matrix.n_rows, [y0 + s0, y1 + s1, y2 + s2, y3 + s3]);
-            }
-        }
-    }
 }
 
 /// Writes the rows of a quad that exist.
@@ -158,6 +98,51 @@ unsafe fn store(y: *mut f32, quad: Quad, n_rows: u32, values: [f32; TILE_ROWS]) 
                 *y.add(2) = v2;
             }
         }
+    }
+}
+
+impl Epilogue for Store {
+    const NORMALISES: bool = true;
+    type Prepared = ();
+
+    #[inline(always)]
+    unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
+
+    #[inline(always)]
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
+        // SAFETY: the caller's promise.
+        unsafe { store(self.y, quad, matrix.n_rows, sums) }
+    }
+}
+
+/// Adds the product: `y += W x`, rows in natural order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Add {
+    /// `[n_rows]`, at a multiple of 16 bytes and readable up to one.
+    pub y: *mut f32,
+}
+
+impl Epilogue for Add {
+    const NORMALISES: bool = false;
+    type Prepared = [f32; TILE_ROWS];
+
+    #[inline(always)]
+    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> [f32; TILE_ROWS] {
+        // SAFETY: the quad starts inside `y`.
+        unsafe { ld_global_u32x4(self.y.add(quad.number as usize * TILE_ROWS).cast()).map(f32::from_bits) }
+    }
+
+    #[inline(always)]
+    unsafe fn finish(
+        &self,
+        quad: Quad,
+        matrix: MatrixRef,
+        [s0, s1, s2, s3]: [f32; TILE_ROWS],
+        [y0, y1, y2, y3]: [f32; TILE_ROWS],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { store(self.y, quad, matrix.n_rows, [y0 + s0, y1 + s1, y2 + s2, y3 + s3]) }
     }
 }
 
@@ -199,6 +184,37 @@ impl Epilogue for StoreOrdered {
     }
 }
 
+/// `silu(gate) * up`, of a matrix whose quads hold two rows of each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Swiglu {
+    /// `[n_rows / 2]`.
+    pub y: *mut f32,
+}
+
+impl Epilogue for Swiglu {
+    const NORMALISES: bool = true;
+    type Prepared = ();
+
+    #[inline(always)]
+    unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
+
+    #[inline(always)]
+    unsafe fn finish(
+        &self,
+        quad: Quad,
+        _matrix: MatrixRef,
+        [gate0, gate1, up0, up1]: [f32; TILE_ROWS],
+        (): (),
+    ) {
+        // SAFETY: the quad's two gates are inside `y`, which is even.
+        unsafe {
+            *self.y.add(2 * quad.number as usize) = silu(gate0) * up0;
+            *self.y.add(2 * quad.number as usize + 1) = silu(gate1) * up1;
+        }
+    }
+}
+
 /// Queries, keys and values: bias, rotation, and the cache. The parts of the launch are q, k and v.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -227,22 +243,21 @@ pub struct Qkv {
     pub pair_distance: u32,
 }
 
-/// What a quad needs besides the products.
+/// What a quad of queries, keys or values needs besides the products.
 #[derive(Clone, Copy, Default)]
-pub struct QuadContext {
-    /// The bias, or what the rows are added to.
-    rows: [f32; TILE_ROWS],
+pub struct QkvPrepared {
+    bias: [f32; TILE_ROWS],
     /// Of both pairs of the quad.
     rotation: [[f32; 2]; 2],
     position: u32,
 }
 
-impl Prepared for QuadContext {
+impl Prepared for QkvPrepared {
     const WORDS: u32 = 12;
 
     #[inline(always)]
     fn store(self, memory: DynamicShared<u32>, at: usize) {
-        self.rows.store(memory, at);
+        self.bias.store(memory, at);
         let [[c0, s0], [c1, s1]] = self.rotation;
         [c0, s0, c1, s1].store(memory, at + 4);
         memory.set(at + 8, self.position);
@@ -252,7 +267,7 @@ impl Prepared for QuadContext {
     fn load(memory: DynamicShared<u32>, at: usize) -> Self {
         let [c0, s0, c1, s1] = <[f32; 4]>::load(memory, at + 4);
         Self {
-            rows: <[f32; 4]>::load(memory, at),
+            bias: <[f32; 4]>::load(memory, at),
             rotation: [[c0, s0], [c1, s1]],
             position: memory.get(at + 8),
         }
@@ -292,28 +307,12 @@ impl Qkv {
     }
 }
 
-impl Qkv {
-    /// No queries, keys and values.
-    pub const NONE: Self = Self {
-        q: core::ptr::null_mut(),
-        k_cache: core::ptr::null_mut(),
-        v_cache: core::ptr::null_mut(),
-        bias: [core::ptr::null(); 3],
-        rotation: core::ptr::null(),
-        step: core::ptr::null(),
-        head_dim: 0,
-        per_head_dim: 0,
-        n_ctx: 0,
-        n_rot: 0,
-        pair_distance: 0,
-    };
+impl Epilogue for Qkv {
+    const NORMALISES: bool = true;
+    type Prepared = QkvPrepared;
 
-    /// As [`Epilogue::prepare`].
-    ///
-    /// # Safety
-    /// As there.
     #[inline(always)]
-    unsafe fn prepare(&self, quad: Quad) -> QuadContext {
+    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> QkvPrepared {
         let bias = match quad.part {
             0 => self.bias[0],
             1 => self.bias[1],
@@ -337,17 +336,13 @@ impl Qkv {
                 let is_rotated = quad.part < 2 && in_head < self.n_rot;
                 if is_rotated { *self.rotation.add(in_head as usize / 2) } else { [1.0, 0.0] }
             };
-            QuadContext { rows: bias, rotation: [rotation(0), rotation(1)], position: (*self.step).position }
+            QkvPrepared { bias, rotation: [rotation(0), rotation(1)], position: (*self.step).position }
         }
     }
 
-    /// As [`Epilogue::finish`].
-    ///
-    /// # Safety
-    /// As there.
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, sums: [f32; TILE_ROWS], prepared: QuadContext) {
-        let QuadContext { rows: bias, rotation: [pair0, pair1], position } = prepared;
+    unsafe fn finish(&self, quad: Quad, _matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: QkvPrepared) {
+        let QkvPrepared { bias, rotation: [pair0, pair1], position } = prepared;
         let Rows { head, rows: [r0, r1, r2, r3], .. } = self.rows(quad);
         let [a0, b0] = rotate([sums[0] + bias[0], sums[1] + bias[1]], pair0);
         let [a1, b1] = rotate([sums[2] + bias[2], sums[3] + bias[3]], pair1);

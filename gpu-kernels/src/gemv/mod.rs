@@ -25,7 +25,7 @@ use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
-use epilogue::{Epilogue, Finish, Prepared as _, StoreOrdered};
+use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
 use stream::{Deal, Share, Stream};
 
@@ -71,23 +71,6 @@ pub struct Schedule {
     pub stages: u32,
     /// Words of shared memory for a tile.
     pub stage_words: u32,
-    /// Words that are prepared for a quad: those of the epilogue's [`Prepared`](epilogue::Prepared), or 0 where this
-    /// product needs nothing.
-    pub prepared_words: u32,
-}
-
-impl MatrixRef {
-    /// No matrix.
-    pub const NONE: Self = Self {
-        tiles: core::ptr::null(),
-        format: 0,
-        n_rows: 0,
-        n_quads: 0,
-        tile_bytes: 0,
-        last_tile_bytes: 0,
-        quad_bytes: 0,
-        order: RowOrder::NATURAL,
-    };
 }
 
 impl Schedule {
@@ -104,19 +87,20 @@ impl Schedule {
         (self.turns + 1 + n_warps) * TILE_ROWS as u32
     }
 
-    /// Words of shared memory for what is known of each quad beforehand: which warps share it, and what its epilogue
-    /// needs.
+    /// Words of shared memory for what is known of each quad beforehand: which warps share it, and the `prepared_words`
+    /// words that its epilogue needs.
     #[inline(always)]
-    pub fn known_words(self) -> u32 {
-        (self.turns + 1).next_multiple_of(4) + (self.turns + 1) * self.prepared_words
+    pub fn prepared_words(self, prepared_words: u32) -> u32 {
+        (self.turns + 1).next_multiple_of(4) + (self.turns + 1) * prepared_words
     }
 
-    /// Words of shared memory in all, for `n_warps` warps and `unit_words` words of the vector to a unit.
-    pub fn shared_words(self, n_warps: u32, unit_words: u32) -> u32 {
+    /// Words of shared memory in all, for `n_warps` warps, `unit_words` words of the vector to a unit, and
+    /// `prepared_words` words that the epilogue prepares.
+    pub fn shared_words(self, n_warps: u32, unit_words: u32, prepared_words: u32) -> u32 {
         self.vector_words(unit_words)
             + SQUARES_WORDS
             + self.sums_words(n_warps)
-            + self.known_words()
+            + self.prepared_words(prepared_words)
             + n_warps * WarpCopies::words(self.stages, self.stage_words)
     }
 }
@@ -128,7 +112,7 @@ macro_rules! kernel_args {
         unsafe impl cuda_std::launch::KernelArg for $Type {}
     )*};
 }
-kernel_args!(MatrixRef, Schedule, Input, Finish, StoreOrdered);
+kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 
 /// How the products of a tile are made.
 pub trait Dots {
@@ -243,17 +227,13 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
     let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
     let mut walk = share.walk(warp, slab);
     let mut sums = [0.0f32; TILE_ROWS];
-    // A byte each: chosen from by their address they would be put into local memory.
-    let matrices = &deal.matrices;
-    let formats = matrices[0].format | matrices[1 % N].format << 8 | matrices[2 % N].format << 16;
-    let format_of = |turn: u32| formats >> (8 * deal.quad(turn).part) & 0xff;
-    let mut format = format_of(walk.turn);
     while walk.left > 0 {
         let source = stream.next_tile();
         let tile_units = (n_units - walk.tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
         if lane < tile_units {
             // The slab's part of the vector starts at the start of the memory.
             let x = X::load(memory, (walk.tile - slab) as usize, lane as usize);
+            let format = deal.matrix(deal.quad(walk.turn).part).format;
             sums = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x, sums);
         }
         let turn = walk.turn;
@@ -270,9 +250,6 @@ unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
                 memory.set(at, sum.to_bits());
             }
             sums = [0.0; TILE_ROWS];
-            if N > 1 && walk.left > 0 {
-                format = format_of(walk.turn);
-            }
         }
         // SAFETY: the matrices are as they say.
         unsafe { stream.refill() };
@@ -305,7 +282,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let ring_words = WarpCopies::words(schedule.stages, schedule.stage_words);
     let warps_at = sums_at + schedule.sums_words(n_warps);
     let prepared_at = warps_at + (schedule.turns + 1).next_multiple_of(4);
-    let ring = warps_at + schedule.known_words() + warp * ring_words;
+    let ring = warps_at + schedule.prepared_words(E::Prepared::WORDS) + warp * ring_words;
     let mut stream = Stream::new(deal, share, warp, memory, ring, schedule, X::IN_SLABS);
     // SAFETY: the matrices are as they say.
     unsafe { stream.fill() };
@@ -320,10 +297,9 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     wait_for_previous();
 
     // What finishing needs besides the sums, on its way beside the vector.
-    let prepares = schedule.prepared_words > 0;
     let prepared_place = |turn: u32| (prepared_at + turn * E::Prepared::WORDS) as usize;
     let mut prepared = E::Prepared::default();
-    if prepares && thread < deal.turns {
+    if thread < deal.turns {
         let quad = deal.quad(thread);
         // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
         prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
@@ -344,7 +320,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         if E::NORMALISES && input.is_normalised() {
             input::store_squares(memory, squares, square_sum);
         }
-        if prepares && slab == 0 && thread < deal.turns {
+        if slab == 0 && thread < deal.turns {
             prepared.store(memory, prepared_place(thread));
         }
         sync_threads();
@@ -375,9 +351,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         }
         // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
         unsafe {
-            let prepared = if !prepares {
-                E::Prepared::default()
-            } else if turn == thread {
+            let prepared = if turn == thread {
                 E::Prepared::load(memory, prepared_place(turn))
             } else {
                 epilogue.prepare(quad, matrix)
@@ -388,56 +362,137 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     }
 }
 
+/// The kernels of a module for activations `$X` and products `$D`.
 macro_rules! define_kernels {
-    ($($(#[$doc:meta])* ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty))*) => {$(
-        $(#[$doc])*
+    ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty) => {
+        /// `y = W x`, `x` normalised first where the input says so.
+        ///
+        /// # Safety
+        /// The matrix, the input and the output are as their fields say, in device memory, and the matrix has the
+        /// module's format and its rows in natural order; the launch has the shared memory that
+        /// [`Schedule::shared_words`] gives, and the schedule is of the launch's grid.
+        ///
+        /// # Parameters
+        /// - `matrix`: `[n_rows, input.n]`
+        /// - `input`: the vector
+        /// - `schedule`: how the work is dealt out
+        /// - `output`: `y`
+        ///
+        /// # Thread mapping
+        /// A block takes a run of quads, each of its warps a run of their tiles, a lane one unit of four rows; one
+        /// thread finishes a quad. Blocks of whole warps, at most as many threads as the launch bound says.
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
+        pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
+            // SAFETY: the caller keeps the contract above, which is the one asked for.
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
+        }
+
+        /// `y += W x`.
+        ///
+        /// # Safety
+        /// As [`gemv`].
+        ///
+        /// # Parameters
+        /// As [`gemv`].
+        ///
+        /// # Thread mapping
+        /// As [`gemv`].
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
+        pub unsafe fn gemv_add(matrix: MatrixRef, input: Input, schedule: Schedule, output: Add) {
+            // SAFETY: the caller keeps the contract above, which is the one asked for.
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
+        }
+
+        /// `y = silu(G x) * (U x)`: the first half of the feed-forward network.
+        ///
+        /// # Safety
+        /// As [`gemv`], with the rows in [`Order::Halves`](crate::rows::Order::Halves).
+        ///
+        /// # Parameters
+        /// - `matrix`: `[2 * n_ff, input.n]`, `G` above `U`
+        /// - `input`, `schedule`: as for [`gemv`]
+        /// - `output`: `y`
+        ///
+        /// # Thread mapping
+        /// As [`gemv`].
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
+        pub unsafe fn gemv_swiglu(matrix: MatrixRef, input: Input, schedule: Schedule, output: Swiglu) {
+            // SAFETY: the caller keeps the contract above, which is the one asked for.
+            unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
+        }
+
+        /// The module's kernels.
+        #[cfg(not(target_arch = "nvptx64"))]
+        pub const KERNELS: Kernels = Kernels { gemv: &GEMV, gemv_add: &GEMV_ADD, gemv_swiglu: &GEMV_SWIGLU };
+    };
+}
+
+macro_rules! define_qkv {
+    ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty) => {
+        /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended to
+        /// the cache.
+        ///
+        /// # Safety
+        /// The matrices, the input and the output are as their fields say, in device memory; the matrices have the
+        /// module's formats, `q` and `k` in an order that has the two values of a rotated pair side by side; the
+        /// launch has the shared memory that [`Schedule::shared_words`] gives, and the schedule is of the launch's
+        /// grid; the step's position is below the cache's `n_ctx`.
+        ///
+        /// # Parameters
+        /// - `q`: `[n_head * head_dim, input.n]`
+        /// - `k`, `v`: `[n_head_kv * head_dim, input.n]`
+        /// - `input`: the vector
+        /// - `schedule`: how the work is dealt out
+        /// - `output`: the queries, the cache, bias and rotation
+        ///
+        /// # Thread mapping
+        /// As [`q4_k::gemv`](super::q4_k::gemv).
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
+        pub unsafe fn gemv_qkv(
+            q: MatrixRef,
+            k: MatrixRef,
+            v: MatrixRef,
+            input: Input,
+            schedule: Schedule,
+            output: Qkv,
+        ) {
+            // SAFETY: the caller keeps the contract above, which is the one asked for.
+            unsafe { run::<$X, $D, _, 3>([q, k, v], input, schedule, output) }
+        }
+    };
+}
+
+/// A kernel for each format: the code of one alone stays in the instruction caches from launch to launch.
+macro_rules! define_format {
+    ($(($Type:ident, $module:ident))*) => {$(
+        #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-
-            /// The product of up to three matrices, one below the other, with a vector that is normalised first where the
-            /// input says so, and what becomes of it in a layer ([`epilogue::Kind`]).
-            ///
-            /// # Safety
-            /// The matrices, the input and the output are as their fields say, in device memory; the matrices have the
-            /// module's formats, and their rows in natural order, or for SwiGLU and rotated queries and keys in one that
-            /// has the rows of a pair side by side; the launch has the shared memory that [`Schedule::shared_words`]
-            /// gives, and the schedule is of the launch's grid; the step's position is below the cache's `n_ctx`.
-            ///
-            /// # Parameters
-            /// - `first`, `second`, `third`: `[n_rows, input.n]`; [`MatrixRef::NONE`] for those that are not there
-            /// - `input`: the vector
-            /// - `schedule`: how the work is dealt out
-            /// - `output`: what becomes of the product
-            ///
-            /// # Thread mapping
-            /// A block takes a run of quads, each of its warps a run of their tiles, a lane one unit of four rows; one
-            /// thread finishes a quad. Blocks of whole warps, at most as many threads as the launch bound says.
-            #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
-            pub unsafe fn gemv(
-                first: MatrixRef,
-                second: MatrixRef,
-                third: MatrixRef,
-                input: Input,
-                schedule: Schedule,
-                output: Finish,
-            ) {
-                // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<$X, $D, _, 3>([first, second, third], input, schedule, output) }
-            }
+            define_kernels!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
+define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 
-define_kernels! {
-    /// Q8_1 activations, Q4_K and Q6_K weights: a kernel for all products of a file, so that its code stays in the
-    /// instruction caches from launch to launch.
-    (k_quants, 384, 2, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>)
-    /// Q8_1 activations, Q4_1 and Q8_0 weights.
-    (legacy, 384, 2, Q8_1, Either<crate::formats::Q4_1, crate::formats::Q8_0>)
-    /// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.
-    (mixed, 384, 1, Q8_1, Any)
-    /// f32 activations, weights of any format.
-    (exact, 256, 2, F32Vector, Any)
+/// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
+pub mod q4_k_m {
+    use super::*;
+    define_qkv!(q4_k_m, 384, 2, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+}
+
+/// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.
+pub mod mixed {
+    use super::*;
+    define_kernels!(mixed, 384, 1, Q8_1, Any);
+    define_qkv!(mixed, 384, 1, Q8_1, Any);
+}
+
+/// f32 activations, weights of any format.
+pub mod exact {
+    use super::*;
+    define_kernels!(exact, 256, 2, F32Vector, Any);
+    define_qkv!(exact, 256, 2, F32Vector, Any);
 }
 
 macro_rules! define_ordered {
@@ -449,13 +504,13 @@ macro_rules! define_ordered {
             /// `y = W x` or `y = W x + b`, rows in any order, weights of any format.
             ///
             /// # Safety
-            /// As [`mixed::gemv`], with rows in the order that the matrix names.
+            /// As [`q4_k::gemv`], with rows in the order that the matrix names.
             ///
             /// # Parameters
-            /// As [`mixed::gemv`]; `output`: `y` and the bias.
+            /// As [`q4_k::gemv`]; `output`: `y` and the bias.
             ///
             /// # Thread mapping
-            /// As [`mixed::gemv`].
+            /// As [`q4_k::gemv`].
             #[kernel(suffix = $suffix, overlapping, launch_bounds($threads, 1))]
             pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: StoreOrdered) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
@@ -469,21 +524,43 @@ define_ordered! {
     (ordered_exact, 256, F32Vector)
 }
 
-/// The kernel for the products of a layer.
+/// The kernels for one kind of activations and weights.
 #[cfg(not(target_arch = "nvptx64"))]
-pub type LayerKernel = Kernel<(MatrixRef, MatrixRef, MatrixRef, Input, Schedule, Finish)>;
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    /// `gemv`.
+    pub gemv: &'static Kernel<(MatrixRef, Input, Schedule, Store)>,
+    /// `gemv_add`.
+    pub gemv_add: &'static Kernel<(MatrixRef, Input, Schedule, Add)>,
+    /// `gemv_swiglu`.
+    pub gemv_swiglu: &'static Kernel<(MatrixRef, Input, Schedule, Swiglu)>,
+}
 
-/// The kernel for f32 or Q8_1 activations and weights of these formats.
+/// The kernels for Q8_1 activations and weights of a format.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn kernel_for(is_exact: bool, formats: &[Format]) -> &'static LayerKernel {
-    let all_are = |known: [Format; 2]| formats.iter().all(|format| known.contains(format));
-    if is_exact {
-        &exact::GEMV
-    } else if all_are([Format::Q4_K, Format::Q6_K]) {
-        &k_quants::GEMV
-    } else if all_are([Format::Q4_1, Format::Q8_0]) {
-        &legacy::GEMV
-    } else {
-        &mixed::GEMV
+pub fn kernels(format: Format) -> Kernels {
+    match format {
+        Format::Q8_0 => q8_0::KERNELS,
+        Format::Q4_1 => q4_1::KERNELS,
+        Format::Q4_K => q4_k::KERNELS,
+        Format::Q6_K => q6_k::KERNELS,
+        Format::F16 | Format::F32 => mixed::KERNELS,
+    }
+}
+
+/// `gemv_qkv`.
+#[cfg(not(target_arch = "nvptx64"))]
+pub type QkvKernel = Kernel<(MatrixRef, MatrixRef, MatrixRef, Input, Schedule, Qkv)>;
+
+/// The kernel for Q8_1 activations and weights of these formats.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn qkv_kernel(formats: [Format; 3]) -> &'static QkvKernel {
+    match formats {
+        [Format::Q8_0, Format::Q8_0, Format::Q8_0] => &q8_0::GEMV_QKV,
+        [Format::Q4_1, Format::Q4_1, Format::Q4_1] => &q4_1::GEMV_QKV,
+        [Format::Q4_K, Format::Q4_K, Format::Q4_K] => &q4_k::GEMV_QKV,
+        [Format::Q6_K, Format::Q6_K, Format::Q6_K] => &q6_k::GEMV_QKV,
+        _ if formats.iter().all(|format| matches!(format, Format::Q4_K | Format::Q6_K)) => &q4_k_m::GEMV_QKV,
+        _ => &mixed::GEMV_QKV,
     }
 }

@@ -6,12 +6,11 @@ use anyhow::{Context as _, Result, ensure};
 use cuda_std::launch::{Kernel, LaunchConfig};
 use cuda_std::pipeline::WarpCopies;
 use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
-use gpu_kernels::formats::Format;
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::{TILE_ROWS, TILE_UNITS};
-use gpu_kernels::gemv::epilogue::{Finish, Kind, Prepared as _, Qkv, QuadContext, StoreOrdered};
+use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::{BATCH, Input as KernelInput};
-use gpu_kernels::gemv::{self as kernels, MatrixRef, Schedule};
+use gpu_kernels::gemv::{self as kernels, Kernels, MatrixRef, Schedule};
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
@@ -36,27 +35,27 @@ pub enum Output<'a> {
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
     let is_plain = norm.is_none();
     let input = input("gemv", weights, x, norm)?;
-    let (room, prepared_words) = match output {
-        Output::Add(_) => (Room::MoreThanHalf, PREPARED_WORDS),
-        _ => (Room::LessThanHalf, 0),
+    let (schedule, config) = match output {
+        Output::Add(_) => schedule::<Add>(device, &[weights], x.is_exact(), Room::MoreThanHalf)?,
+        _ => schedule::<Store>(device, &[weights], x.is_exact(), Room::LessThanHalf)?,
     };
-    let (schedule, config) = schedule(device, &[weights], x.is_exact(), room, prepared_words)?;
+    let kernels = kernels(weights, x);
     let matrix = weights.as_ref()?;
     let is_natural = weights.order() == RowOrder::NATURAL;
     let ordered_output = match output {
         Output::Set(y) if is_natural => {
             aligned("gemv", "y", y, weights.n_rows())?;
-            let output = finish(Kind::Store, y);
+            let output = Store { y: y.as_mut_ptr() };
             // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
-            return unsafe { launch(device, &[weights], x, config, input, schedule, output) };
+            return unsafe { device.launch(kernels.gemv, config, (matrix, input, schedule, output)) };
         }
         Output::Add(y) => {
             aligned("gemv", "y", y, weights.n_rows())?;
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
             ensure!(is_plain, "gemv: an input that is to be normalised has a product that is not added");
-            let output = finish(Kind::Add, y);
+            let output = Add { y: y.as_mut_ptr() };
             // SAFETY: as above.
-            return unsafe { launch(device, &[weights], x, config, input, schedule, output) };
+            return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
         }
         Output::Set(y) => {
             aligned("gemv", "y", y, weights.n_rows())?;
@@ -76,33 +75,9 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
 }
 
-/// What a layer makes of a product that goes to `y`.
-fn finish(kind: Kind, y: &mut Buffer<f32>) -> Finish {
-    Finish { kind: kind as u32, y: y.as_mut_ptr(), qkv: Qkv::NONE }
-}
-
-/// Launches the product of up to three matrices, one below the other.
-///
-/// # Safety
-/// As the kernel's ([`kernels::mixed::gemv`]).
-unsafe fn launch(
-    device: &Device,
-    weights: &[&Matrix],
-    x: Input,
-    config: LaunchConfig,
-    input: KernelInput,
-    schedule: Schedule,
-    output: Finish,
-) -> Result<()> {
-    let formats: Vec<Format> = weights.iter().map(|matrix| matrix.format()).collect();
-    let kernel = kernels::kernel_for(x.is_exact(), &formats);
-    let mut matrices = [MatrixRef::NONE; 3];
-    for (place, matrix) in matrices.iter_mut().zip(weights) {
-        *place = matrix.as_ref()?;
-    }
-    let [first, second, third] = matrices;
-    // SAFETY: the caller's promise.
-    unsafe { device.launch(kernel, config, (first, second, third, input, schedule, output)) }
+/// The kernels for an input and a matrix.
+fn kernels(matrix: &Matrix, x: Input) -> Kernels {
+    if x.is_exact() { kernels::exact::KERNELS } else { kernels::kernels(matrix.format()) }
 }
 
 /// The kernel for rows in any order.
@@ -129,9 +104,11 @@ pub fn gemv_swiglu(
     );
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
-    let (schedule, config) = schedule(device, &[gate_up], x.is_exact(), Room::LessThanHalf, 0)?;
+    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], x.is_exact(), Room::LessThanHalf)?;
+    let kernel = kernels(gate_up, x).gemv_swiglu;
+    let output = Swiglu { y: y.as_mut_ptr() };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
-    unsafe { launch(device, &[gate_up], x, config, input, schedule, finish(Kind::Swiglu, y)) }
+    unsafe { device.launch(kernel, config, (gate_up.as_ref()?, input, schedule, output)) }
 }
 
 /// The weights of queries, keys and values, each with its bias where there is one.
@@ -214,11 +191,14 @@ pub fn gemv_qkv(
             RopeLayout::HalfSplit => dim(n_rot / 2)?,
         },
     };
-    let (schedule, config) =
-        schedule(device, &weights.matrices, x.is_exact(), Room::LessThanHalf, PREPARED_WORDS)?;
-    let output = Finish { kind: Kind::Qkv as u32, y: ptr::null_mut(), qkv: output };
+    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, x.is_exact(), Room::LessThanHalf)?;
+    let kernel = match x.is_exact() {
+        true => &kernels::exact::GEMV_QKV,
+        false => kernels::qkv_kernel(weights.matrices.map(Matrix::format)),
+    };
+    let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
     // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.
-    unsafe { launch(device, &weights.matrices, x, config, input, schedule, output) }
+    unsafe { device.launch(kernel, config, arguments) }
 }
 
 /// The input as a launch passes it.
@@ -271,9 +251,6 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
 /// Most bytes of shared memory for what a block keeps of its quads: beyond that, more blocks take them.
 const QUADS_BYTES: usize = 16 << 10;
 
-/// Words that are prepared for a quad, where its product needs some.
-const PREPARED_WORDS: u32 = QuadContext::WORDS;
-
 /// How much of a multiprocessor's shared memory a block takes.
 ///
 /// There is one block for each multiprocessor, and it starts beside the one of the kernel before. It must not start
@@ -291,17 +268,17 @@ const ABOVE_HALF: usize = 6 << 10;
 
 /// Deals out the work: one block per multiprocessor, of which each has its share of quads, and as many tiles on their
 /// way as there is room for.
-fn schedule(
+fn schedule<E: Epilogue>(
     device: &Device,
     matrices: &[&Matrix],
     is_exact: bool,
     room: Room,
-    prepared_words: u32,
 ) -> Result<(Schedule, LaunchConfig)> {
     let (unit_words, max_warps, in_slabs) = match is_exact {
         true => (F32Vector::UNIT_WORDS, F32Vector::MAX_WARPS, F32Vector::IN_SLABS),
         false => (Q8_1::UNIT_WORDS, Q8_1::MAX_WARPS, Q8_1::IN_SLABS),
     };
+    let prepared_words = E::Prepared::WORDS;
     let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
     let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
     let stage_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0);
@@ -327,9 +304,8 @@ fn schedule(
                 slab_tiles: slab_tiles as u32,
                 stages: 0,
                 stage_words: stage_bytes as u32 / 4,
-                prepared_words,
             };
-            let fixed = 4 * schedule.shared_words(n_warps as u32, unit_words as u32) as usize;
+            let fixed = 4 * schedule.shared_words(n_warps as u32, unit_words as u32, prepared_words) as usize;
             let ring = room.checked_sub(fixed)? / n_warps;
             let most_tiles = (turns * slab_tiles).div_ceil(n_warps);
             let fits = |stages: &usize| {
@@ -356,7 +332,7 @@ fn schedule(
         )
     })?;
     let mut config = config?;
-    let shared_bytes = 4 * schedule.shared_words(config.block[0] / 32, unit_words as u32);
+    let shared_bytes = 4 * schedule.shared_words(config.block[0] / 32, unit_words as u32, prepared_words);
     config.dynamic_shared_bytes = shared_bytes.max(least as u32);
     Ok((schedule, config))
 }
