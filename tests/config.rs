@@ -1,6 +1,6 @@
 //! Model dimensions: what is read from metadata, and what is refused.
 
-use host::config::{Architecture, Config, RopeConfig, RopeLayout, RopeScaling};
+use host::config::{Architecture, Config, RopeConfig, RopeLayout, RopeScaling, Yarn};
 use host::gguf::GgmlType;
 
 use crate::tiny_model::{HEAD_DIM, N_EMBD, N_VOCAB, TinyModel};
@@ -93,6 +93,50 @@ fn rope_frequencies_match_the_formula() {
     assert_eq!(rope.frequencies(Some(&[1.0, 8.0])), [1.0, 0.00125]);
     rope.scaling = RopeScaling::Linear(2.0);
     assert_eq!(rope.frequencies(None), [0.5, 0.005]);
+}
+
+#[test]
+fn yarn_matches_its_reference() {
+    // What the paper's own code (find_correction_range, linear_ramp_mask) gives for Qwen2.5's heads and factor, in Python.
+    let yarn = Yarn {
+        factor: 4.0,
+        original_context: 32_768,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: 1.0,
+    };
+    let scaling = RopeScaling::Yarn(yarn);
+    let mut rope = RopeConfig { base: 1e6, n_rot: 128, layout: RopeLayout::HalfSplit, scaling };
+    let frequencies = rope.frequencies(None);
+    for (pair, expected) in [
+        (0, 1.0),
+        (23, 0.006978305848598663),
+        (24, 0.005375321490790102),
+        (30, 0.0010643609812470017),
+        (39, 6.490394320837028e-05),
+        (40, 4.445698525097307e-05),
+        (63, 3.102344401879299e-07),
+    ] {
+        let error = (frequencies[pair] / expected - 1.0).abs();
+        assert!(error < 1e-12, "pair {pair}: {} is not {expected}", frequencies[pair]);
+    }
+    assert!((f64::from(rope.magnitude()) - 1.138629436111989).abs() < 1e-6);
+    rope.scaling = RopeScaling::Linear(4.0);
+    assert_eq!(rope.magnitude(), 1.0);
+
+    let mut model = TinyModel::llama();
+    model.set("llama.rope.scaling.type", "yarn").set("llama.rope.scaling.factor", 4f32);
+    let n_ctx_train = read(&model).unwrap().n_ctx_train;
+    let defaults = Yarn { original_context: n_ctx_train, ..yarn };
+    assert_eq!(read(&model).unwrap().rope.scaling, RopeScaling::Yarn(defaults));
+    model
+        .set("llama.rope.scaling.original_context_length", 100u32)
+        .set("llama.rope.scaling.yarn_beta_fast", 16f32)
+        .set("llama.rope.scaling.yarn_beta_slow", 2f32)
+        .set("llama.rope.scaling.attn_factor", 0.5f32);
+    let given =
+        Yarn { original_context: 100, beta_fast: 16.0, beta_slow: 2.0, attention_factor: 0.5, ..yarn };
+    assert_eq!(read(&model).unwrap().rope.scaling, RopeScaling::Yarn(given));
 }
 
 #[test]
@@ -189,7 +233,7 @@ fn values_that_do_not_fit_are_refused() {
         34u32,
         "needed an even number of at most 32, the head length, found 34",
     );
-    check("llama.rope.scaling.type", "yarn", "needed none or linear, found yarn");
+    check("llama.rope.scaling.type", "longrope", "needed none, linear or yarn, found longrope");
     check("llama.rope.scaling.factor", f32::INFINITY, "needed a number that is not negative, found inf");
     check("llama.vocab_size", 17u32, "needed 16, the rows of token_embd.weight, found 17");
     check(

@@ -24,7 +24,7 @@ pub const BLOCK_DIM: usize = 64;
 /// - `step`: holds token and position
 /// - `out`: `[n_embd]`
 /// - `frequencies`: `[n_pairs]`, radians per position
-/// - `rotation`: `[n_pairs]`, cosine and sine
+/// - `rotation`: `[n_pairs]`, cosine and sine, both times `magnitude`
 ///
 /// # Thread mapping
 /// One thread per unit of 32 columns, and one per pair; any block size, any grid that covers both.
@@ -37,6 +37,7 @@ pub unsafe fn embed(
     frequencies: *const f64,
     rotation: *mut [f32; 2],
     n_pairs: u32,
+    magnitude: f32,
 ) {
     let_next_start();
     let (index, n_embd) = (index_1d() as usize, n_embd as usize);
@@ -44,7 +45,7 @@ pub unsafe fn embed(
     let step = unsafe {
         let step = *step;
         if index < n_pairs as usize {
-            *rotation.add(index) = angle(step.position, frequencies, index);
+            *rotation.add(index) = angle(step.position, frequencies, index, magnitude);
         }
         step
     };

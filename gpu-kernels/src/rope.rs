@@ -24,18 +24,19 @@ pub fn rotate([a, b]: [f32; 2], [cos, sin]: [f32; 2]) -> [f32; 2] {
     [a * cos - b * sin, a * sin + b * cos]
 }
 
-/// Cosine and sine of `position * frequencies[pair]`.
+/// Cosine and sine of `position * frequencies[pair]`, both times `magnitude`.
 ///
 /// # Safety
 /// `frequencies` must have the pair.
 #[inline(always)]
-pub unsafe fn angle(position: u32, frequencies: *const f64, pair: usize) -> [f32; 2] {
+pub unsafe fn angle(position: u32, frequencies: *const f64, pair: usize, magnitude: f32) -> [f32; 2] {
     // SAFETY: the caller vouches for the pair.
     let (sin, cos) = sin_cos(f64::from(position) * unsafe { *frequencies.add(pair) });
-    [cos, sin]
+    [cos * magnitude, sin * magnitude]
 }
 
-/// Rotates the first `n_rot` values of every head: pair `i` by `position * frequencies[i]` radians.
+/// Rotates the first `n_rot` values of every head, pair `i` by `position * frequencies[i]` radians, and multiplies them with
+/// `magnitude`.
 ///
 /// # Safety
 /// The pointers are to device memory of the sizes below.
@@ -46,6 +47,7 @@ pub unsafe fn angle(position: u32, frequencies: *const f64, pair: usize) -> [f32
 /// - `step`: holds the position
 /// - `n_rot`: even, at most `head_dim`
 /// - `layout`: a [`RopeLayout`]
+/// - `magnitude`: 1 unless the scaling of positions says otherwise (YaRN)
 ///
 /// # Thread mapping
 /// One thread per pair of each head, any block size. Bytes moved: 8 per rotated value.
@@ -58,6 +60,7 @@ pub unsafe fn rope(
     head_dim: u32,
     n_rot: u32,
     layout: u32,
+    magnitude: f32,
 ) {
     let pairs = (n_rot / 2) as usize;
     let index = index_1d() as usize;
@@ -73,7 +76,7 @@ pub unsafe fn rope(
     // SAFETY: the pair is inside the head, and only this thread touches it.
     unsafe {
         let head = x.add(head * head_dim as usize);
-        let rotation = angle((*step).position, frequencies, pair);
+        let rotation = angle((*step).position, frequencies, pair, magnitude);
         let [a, b] = rotate([*head.add(first), *head.add(second)], rotation);
         *head.add(first) = a;
         *head.add(second) = b;

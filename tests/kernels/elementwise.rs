@@ -90,6 +90,7 @@ fn rope_matches_f64() {
                     let frequencies: Vec<f64> =
                         (0..n_rot / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / n_rot as f64)).collect();
                     let mut expected = widen(&x);
+                    let magnitude = if n_rot == head_dim { 1.0 } else { 1.125 };
                     for head in expected.chunks_exact_mut(head_dim) {
                         for (i, frequency) in frequencies.iter().enumerate() {
                             let (a, b) = match layout {
@@ -97,11 +98,16 @@ fn rope_matches_f64() {
                                 RopeLayout::HalfSplit => (i, i + n_rot / 2),
                             };
                             let (sin, cos) = (f64::from(position) * frequency).sin_cos();
+                            let (sin, cos) = (magnitude * sin, magnitude * cos);
                             (head[a], head[b]) =
                                 (head[a] * cos - head[b] * sin, head[a] * sin + head[b] * cos);
                         }
                     }
-                    let rope = Rope { frequencies: device.alloc_from(&frequencies).unwrap(), layout };
+                    let rope = Rope {
+                        frequencies: device.alloc_from(&frequencies).unwrap(),
+                        layout,
+                        magnitude: magnitude as f32,
+                    };
                     let step = device.alloc_from(&[Step { token: 0, position }]).unwrap();
                     let mut y = Guarded::holding(device, &x);
                     ops::rope(device, &mut y.buffer, &rope, &step, n_head, head_dim).unwrap();

@@ -97,7 +97,8 @@ pub fn dequantize(format: Format, bytes: &[u8]) -> Vec<f64> {
 
 /// The embedding alone: nothing is rotated.
 fn embed(device: &Device, matrix: &Matrix, step: &Buffer<Step>, out: &mut Buffer<f32>) {
-    let rope = Rope { frequencies: device.alloc(0).unwrap(), layout: RopeLayout::Interleaved };
+    let rope =
+        Rope { frequencies: device.alloc(0).unwrap(), layout: RopeLayout::Interleaved, magnitude: 1.0 };
     ops::embed(device, matrix, step, &rope, out, &mut device.alloc(0).unwrap()).unwrap();
 }
 

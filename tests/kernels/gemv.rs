@@ -277,7 +277,7 @@ fn gemv_qkv_matches_f64() {
 
             let frequencies: Vec<f64> =
                 (0..n_rot / 2).map(|pair| 10_000f64.powf(-2.0 * pair as f64 / n_rot as f64)).collect();
-            let rope = Rope { frequencies: device.alloc_from(&frequencies).unwrap(), layout };
+            let rope = Rope { frequencies: device.alloc_from(&frequencies).unwrap(), layout, magnitude: 1.0 };
             let angles: Vec<f64> = frequencies.iter().map(|f| f * f64::from(position)).collect();
             let rotation: Vec<[f32; 2]> = angles.iter().map(|a| [a.cos() as f32, a.sin() as f32]).collect();
             let rotation = device.alloc_from(&rotation).unwrap();

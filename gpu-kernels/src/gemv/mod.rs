@@ -334,7 +334,8 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     }
     sync_threads();
 
-    let mut turn = thread;
+    // This is `thread`, told otherwise: the comparison above would be kept for this one, in a register that is missing then.
+    let mut turn = warp * WARP_SIZE + lane_id();
     while turn < deal.turns {
         let quad = deal.quad(turn);
         let matrix = deal.matrix(quad.part);

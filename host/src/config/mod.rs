@@ -97,24 +97,68 @@ pub enum RopeScaling {
     None,
     /// Positions are divided by this factor.
     Linear(f32),
+    /// By YaRN (Peng et al., 2023): pairs that turn often within the trained context keep their positions, those that
+    /// hardly turn have them divided, and those between are in between.
+    Yarn(Yarn),
+}
+
+/// YaRN's parameters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Yarn {
+    /// How many times as long as the trained context the new one is.
+    pub factor: f32,
+    /// Positions of the trained context.
+    pub original_context: usize,
+    /// Pairs that turn more often than this in the trained context keep their positions.
+    pub beta_fast: f32,
+    /// Pairs that turn less often have theirs divided.
+    pub beta_slow: f32,
+    /// Multiplies the magnitude that follows from the factor.
+    pub attention_factor: f32,
 }
 
 impl RopeConfig {
     /// The angle that each pair turns per position, scaling included. `factors` is what the tensor
     /// `rope_freqs.weight` holds, where there is one: one divisor per pair.
     pub fn frequencies(&self, factors: Option<&[f32]>) -> Vec<f64> {
-        let scale = match self.scaling {
-            RopeScaling::None => 1.0,
-            RopeScaling::Linear(factor) => f64::from(factor),
-        };
-        let n_rot = self.n_rot as f64;
+        let (base, n_rot) = (f64::from(self.base), self.n_rot as f64);
         (0..self.n_rot / 2)
             .map(|pair| {
-                let frequency = f64::from(self.base).powf(-2.0 * pair as f64 / n_rot);
-                let factor = factors.map_or(1.0, |factors| f64::from(factors[pair]));
-                frequency / (factor * scale)
+                let frequency = base.powf(-2.0 * pair as f64 / n_rot);
+                let frequency = frequency / factors.map_or(1.0, |factors| f64::from(factors[pair]));
+                match self.scaling {
+                    RopeScaling::None => frequency,
+                    RopeScaling::Linear(factor) => frequency / f64::from(factor),
+                    RopeScaling::Yarn(yarn) => {
+                        let kept = yarn.kept(pair, base, n_rot);
+                        frequency * (kept + (1.0 - kept) / f64::from(yarn.factor))
+                    }
+                }
             })
             .collect()
+    }
+
+    /// What rotated values are multiplied with: with YaRN, which sharpens attention for longer contexts,
+    /// `attention_factor * (1 + 0.1 ln(factor))`, otherwise 1.
+    pub fn magnitude(&self) -> f32 {
+        match self.scaling {
+            RopeScaling::None | RopeScaling::Linear(_) => 1.0,
+            RopeScaling::Yarn(yarn) => yarn.attention_factor * (1.0 + 0.1 * yarn.factor.ln()),
+        }
+    }
+}
+
+impl Yarn {
+    /// How much of its frequency a pair keeps, from 1 for the fast ones to 0 for the slow ones.
+    fn kept(&self, pair: usize, base: f64, n_rot: f64) -> f64 {
+        // The pair that turns `n` times within the trained context: `base^(-2i / n_rot) * context = 2 pi n`.
+        let pair_of = |n: f32| {
+            let radians = std::f64::consts::TAU * f64::from(n);
+            n_rot * (self.original_context as f64 / radians).ln() / (2.0 * base.ln())
+        };
+        let fast = pair_of(self.beta_fast).floor().max(0.0);
+        let slow = pair_of(self.beta_slow).ceil().min(n_rot - 1.0);
+        1.0 - ((pair as f64 - fast) / (slow - fast).max(0.001)).clamp(0.0, 1.0)
     }
 }
 
@@ -128,6 +172,7 @@ impl Config {
         let n_experts = keys.get::<usize>("expert_count")?.unwrap_or(0);
         keys.ensure(n_experts == 0, "expert_count", "a dense model (0 experts)", n_experts)?;
 
+        let n_ctx_train = keys.positive("context_length")?;
         let n_embd = keys.positive("embedding_length")?;
         let n_head = keys.positive("attention.head_count")?;
         let n_head_kv = keys.positive_or("attention.head_count_kv", n_head)?;
@@ -156,9 +201,9 @@ impl Config {
             n_head,
             n_head_kv,
             head_dim,
-            n_ctx_train: keys.positive("context_length")?,
+            n_ctx_train,
             rms_eps,
-            rope: rope(&keys, architecture.rope_layout(), head_dim)?,
+            rope: rope(&keys, architecture.rope_layout(), head_dim, n_ctx_train)?,
         })
     }
 
@@ -226,7 +271,7 @@ fn n_vocab(keys: &Keys<'_>) -> Result<usize> {
     Ok(n_vocab)
 }
 
-fn rope(keys: &Keys<'_>, layout: RopeLayout, head_dim: usize) -> Result<RopeConfig> {
+fn rope(keys: &Keys<'_>, layout: RopeLayout, head_dim: usize, n_ctx_train: usize) -> Result<RopeConfig> {
     let base = keys.get::<f32>("rope.freq_base")?.unwrap_or(10_000.0);
     keys.ensure(base.is_finite() && base > 0.0, "rope.freq_base", "a positive number", base)?;
 
@@ -237,23 +282,41 @@ fn rope(keys: &Keys<'_>, layout: RopeLayout, head_dim: usize) -> Result<RopeConf
         format_args!("an even number of at most {head_dim}, the head length"),
         n_rot,
     )?;
-    Ok(RopeConfig { base, n_rot, layout, scaling: rope_scaling(keys)? })
+    Ok(RopeConfig { base, n_rot, layout, scaling: rope_scaling(keys, n_ctx_train)? })
 }
 
-fn rope_scaling(keys: &Keys<'_>) -> Result<RopeScaling> {
-    match keys.get::<&str>("rope.scaling.type")? {
+fn rope_scaling(keys: &Keys<'_>, n_ctx_train: usize) -> Result<RopeScaling> {
+    let is_yarn = match keys.get::<&str>("rope.scaling.type")? {
         Some("none") => return Ok(RopeScaling::None),
         // Files older than the key's introduction scale linearly, if at all.
-        Some("linear") | None => (),
-        Some(other) => bail!(keys.error("rope.scaling.type", "none or linear", Shown::new(other))),
-    }
+        Some("linear") | None => false,
+        Some("yarn") => true,
+        Some(other) => bail!(keys.error("rope.scaling.type", "none, linear or yarn", Shown::new(other))),
+    };
     let (key, factor) = match keys.get::<f32>("rope.scaling.factor")? {
         Some(factor) => ("rope.scaling.factor", factor),
         None => ("rope.scale_linear", keys.get::<f32>("rope.scale_linear")?.unwrap_or(1.0)),
     };
     keys.ensure(factor.is_finite() && factor >= 0.0, key, "a number that is not negative", factor)?;
     // Converters write 0 for "no scaling".
-    Ok(if factor == 0.0 || factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear(factor) })
+    if factor == 0.0 || factor == 1.0 {
+        return Ok(RopeScaling::None);
+    }
+    if !is_yarn {
+        return Ok(RopeScaling::Linear(factor));
+    }
+    let positive = |key: &str, default: f32| -> Result<f32> {
+        let value = keys.get::<f32>(key)?.unwrap_or(default);
+        keys.ensure(value.is_finite() && value > 0.0, key, "a positive number", value)?;
+        Ok(value)
+    };
+    Ok(RopeScaling::Yarn(Yarn {
+        factor,
+        original_context: keys.positive_or("rope.scaling.original_context_length", n_ctx_train)?,
+        beta_fast: positive("rope.scaling.yarn_beta_fast", 32.0)?,
+        beta_slow: positive("rope.scaling.yarn_beta_slow", 1.0)?,
+        attention_factor: positive("rope.scaling.attn_factor", 1.0)?,
+    }))
 }
 
 /// The metadata keys of one architecture, given without their prefix.

@@ -135,7 +135,11 @@ impl Model {
             attention: AttentionShape { n_head: config.n_head, scale: 1.0 / (config.head_dim as f32).sqrt() },
             head_dim: config.head_dim,
             n_head_kv: config.n_head_kv,
-            rope: Rope { frequencies: device.alloc_from(&frequencies)?, layout: config.rope.layout },
+            rope: Rope {
+                frequencies: device.alloc_from(&frequencies)?,
+                layout: config.rope.layout,
+                magnitude: config.rope.magnitude(),
+            },
         };
         let weights = Weights::load(&device, source, &config, progress)?;
         Ok(Self { device, config, settings, n_ctx, weights })

@@ -44,6 +44,7 @@ pub fn rope(
         dim(head_dim)?,
         dim(2 * pairs)?,
         rope.layout as u32,
+        rope.magnitude,
     );
     // SAFETY: the lengths are checked.
     unsafe { device.launch(&rope_kernel::ROPE, config, arguments) }

@@ -43,6 +43,7 @@ pub fn embed(
         rope.frequencies.as_ptr(),
         rotation.as_mut_ptr(),
         dim(pairs)?,
+        rope.magnitude,
     );
     // SAFETY: the matrix is whole by construction, the lengths are checked, and the token is below n_rows.
     unsafe { device.launch(&embed_kernel::EMBED, config, arguments) }

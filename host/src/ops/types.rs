@@ -138,4 +138,6 @@ pub struct Rope {
     pub frequencies: Buffer<f64>,
     /// Which values form a pair.
     pub layout: RopeLayout,
+    /// What rotated values are multiplied with: 1 unless positions are scaled by YaRN.
+    pub magnitude: f32,
 }
