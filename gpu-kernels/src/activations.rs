@@ -19,9 +19,9 @@ pub const Q8_1_BLOCK: usize = UNIT;
 /// Values that a thread quantizes, an *octet*: two words of integers.
 pub const OCTET: usize = 8;
 /// Octets in a unit.
-pub const OCTETS: usize = UNIT / OCTET;
+pub const UNIT_OCTETS: usize = UNIT / OCTET;
 /// Neighbouring lanes that share a Q8_1 block.
-pub const LANES_PER_BLOCK: u32 = (Q8_1_BLOCK / OCTET) as u32;
+pub const LANES_PER_BLOCK: u32 = UNIT_OCTETS as u32;
 
 /// What a Q8_1 block holds besides its integers.
 #[repr(C, align(8))]
@@ -101,7 +101,7 @@ impl Q8_1 {
     /// Stores eight values that are quantized already.
     #[inline(always)]
     pub fn store_quantized(memory: DynamicShared<u32>, octet: usize, Quantized { words, d }: Quantized) {
-        let (unit, part) = (octet / OCTETS, octet % OCTETS);
+        let (unit, part) = (octet / UNIT_OCTETS, octet % UNIT_OCTETS);
         let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
         // Two octets are half a unit.
         let at = start / 2 + (part / 2 * TILE_UNITS + unit) * 2 + part % 2;
@@ -169,7 +169,7 @@ impl Activations for F32Vector {
     #[inline(always)]
     fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
         if octet < n_octets {
-            let (unit, part) = (octet / OCTETS, octet % OCTETS);
+            let (unit, part) = (octet / UNIT_OCTETS, octet % UNIT_OCTETS);
             let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
             let [a, b, c, d, e, f, g, h] = values.map(f32::to_bits);
             memory.set4(start + (2 * part * TILE_UNITS + unit) * 4, [a, b, c, d]);

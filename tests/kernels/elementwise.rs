@@ -1,9 +1,10 @@
 //! Norm, quantization, rotation, SwiGLU, residual and argmax.
 
 use super::{Guarded, Random, assert_close, devices};
+use gpu_kernels::formats::Format;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::step::Step;
-use host::ops::{self, Q8_1Vector, Rope};
+use host::ops::{self, Matrix, Q8_1Vector, Rope};
 
 const LENGTHS: [usize; 9] = [1, 31, 32, 100, 255, 576, 1536, 4096, 8963];
 
@@ -115,6 +116,30 @@ fn rope_matches_f64() {
                     assert_close(&y.finish(device, &what), &expected, 4e-7, 1.0, &what);
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn embed_leaves_the_angles_of_the_position() {
+    for device in devices() {
+        let matrix = Matrix::upload(device, Format::F32, 1, 32, &[0; 128]).unwrap();
+        let frequencies = [1.0, 0.37, 1e-5];
+        for (position, magnitude) in [(0u32, 1.0), (4095, 1.0), (131_071, 1.125)] {
+            let rope = Rope {
+                frequencies: device.alloc_from(&frequencies).unwrap(),
+                layout: RopeLayout::HalfSplit,
+                magnitude: magnitude as f32,
+            };
+            let step = device.alloc_from(&[Step { token: 0, position }]).unwrap();
+            let mut out = device.alloc::<f32>(32).unwrap();
+            let mut rotation = device.alloc::<[f32; 2]>(3).unwrap();
+            ops::embed(device, &matrix, &step, &rope, &mut out, &mut rotation).unwrap();
+            let found: Vec<f32> = device.to_vec(&rotation).unwrap().into_iter().flatten().collect();
+            let angles = frequencies.map(|frequency| (f64::from(position) * frequency).sin_cos());
+            let expected: Vec<f64> =
+                angles.iter().flat_map(|(sin, cos)| [magnitude * cos, magnitude * sin]).collect();
+            assert_close(&found, &expected, 4e-7, 1.0, &format!("position {position}"));
         }
     }
 }

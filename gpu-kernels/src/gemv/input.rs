@@ -1,7 +1,7 @@
 //! The vector that a matrix is multiplied with, and its way into shared memory.
 
 use super::MAX_WARPS;
-use crate::activations::{Activations, OCTET, OCTETS, Q8_1, Q8_1Scale, Quantized};
+use crate::activations::{Activations, OCTET, Q8_1, Q8_1Scale, Quantized, UNIT_OCTETS};
 use crate::formats::UNIT;
 use cuda_std::float::mul_add;
 use cuda_std::memory::ld_global_u32x4;
@@ -66,14 +66,14 @@ impl Input {
         may_normalise: bool,
     ) -> f32 {
         let (thread, block_dim) = (thread_idx_x(), block_dim_x());
-        let (first_octet, n_octets) = (first_unit * OCTETS as u32, n_units * OCTETS as u32);
+        let (first_octet, n_octets) = (first_unit * UNIT_OCTETS as u32, n_units * UNIT_OCTETS as u32);
         if self.values.is_null() {
             let mut octet = thread;
             while octet < n_octets {
                 let of_vector = (first_octet + octet) as usize;
                 // SAFETY: the octet and its block are inside the vector.
                 let quantized = unsafe {
-                    let scale = *self.scales.add(of_vector / OCTETS);
+                    let scale = *self.scales.add(of_vector / UNIT_OCTETS);
                     Quantized { words: *self.quants.cast::<[u32; 2]>().add(of_vector), d: scale.d }
                 };
                 Q8_1::store_quantized(memory, octet as usize, quantized);

@@ -93,7 +93,7 @@ fn print_tables(report: &Report) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "clock: two events with nothing between them are {empty_us:.2} us apart, taken off each operation on a plain stream"
+        "clock: two events with nothing between them are at least {empty_us:.2} us apart, taken off each operation on a plain stream"
     )?;
     for path in paths {
         writeln!(out)?;
