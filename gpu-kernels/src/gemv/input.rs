@@ -148,21 +148,26 @@ impl Input {
         &self,
         octet: u32,
         x: [f32; OCTET],
-        [fa, fb, fc, fd, fe, ff, fg, fh]: [f32; OCTET],
+        factors: [f32; OCTET],
         normalises: bool,
     ) -> ([f32; OCTET], f32) {
-        let mut x = x;
+        let (mut x, mut factors) = (x, factors);
         let n_left = self.n.saturating_sub(OCTET as u32 * octet);
         if n_left < OCTET as u32 {
-            let keep = |i: usize| if (i as u32) < n_left { x[i] } else { 0.0 };
-            x = [keep(0), keep(1), keep(2), keep(3), keep(4), keep(5), keep(6), keep(7)];
+            // What lies beyond the end of either may be anything.
+            let keep = |[a, b, c, d, e, f, g, h]: [f32; OCTET]| {
+                let keep = |i: u32, value: f32| if i < n_left { value } else { 0.0 };
+                let low = [keep(0, a), keep(1, b), keep(2, c), keep(3, d)];
+                let high = [keep(4, e), keep(5, f), keep(6, g), keep(7, h)];
+                [low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]]
+            };
+            (x, factors) = (keep(x), keep(factors));
         }
         if !normalises {
             return (x, 0.0);
         }
-        let [a, b, c, d, e, f, g, h] = x;
+        let ([a, b, c, d, e, f, g, h], [fa, fb, fc, fd, fe, ff, fg, fh]) = (x, factors);
         let squares = |a: f32, b: f32, c: f32, d: f32| mul_add(a, a, b * b) + mul_add(c, c, d * d);
-        // What lies beyond the end of gamma is 0, as all padding is.
         let scaled = [a * fa, b * fb, c * fc, d * fd, e * fe, f * ff, g * fg, h * fh];
         (scaled, squares(a, b, c, d) + squares(e, f, g, h))
     }
