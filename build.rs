@@ -5,8 +5,9 @@ use cuda_builder::CudaBuilder;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The architectures that Warpline is compiled for, oldest first; a GPU runs the newest that it is not older than.
-const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90"];
+/// The architectures that Warpline is compiled for, oldest first; a GPU runs the newest that it is not older than, one
+/// that ends with an `a` only if it is of this very architecture.
+const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90", "sm_90a"];
 
 fn main() {
     // One line, as the compiler's own messages already stand above it.
@@ -28,9 +29,12 @@ fn run() -> Result<()> {
     let mut table = String::from("[\n");
     for result in results {
         let ptx = result?;
-        let version: u32 =
-            ptx.arch.trim_start_matches("sm_").parse().context("an architecture is sm_<number>")?;
-        table += &format!("    PtxImage {{ version: {version}, text: include_str!({:?}) }},\n", ptx.path);
+        let number = ptx.arch.trim_start_matches("sm_").trim_end_matches('a');
+        let version: u32 = number.parse().context("an architecture is sm_<number>")?;
+        let (arch, path) = (&ptx.arch, &ptx.path);
+        table += &format!(
+            "    PtxImage {{ arch: {arch:?}, version: {version}, text: include_str!({path:?}) }},\n"
+        );
     }
     table += "]\n";
     std::fs::write(out_dir.join("ptx_images.rs"), table)?;

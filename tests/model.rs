@@ -261,7 +261,7 @@ fn a_layer_on_device_buffers_matches_f64() {
                 // Leaves the angles of the position, and an embedding that is not wanted here.
                 let Buffers { step, rotation, x: hidden, .. } = &mut buffers;
                 let (token_embd, rope) = (&model.weights().token_embd, &model.settings().rope);
-                ops::embed(device, token_embd, step, rope, hidden, rotation).unwrap();
+                ops::embed(device, token_embd, step, 1, rope, hidden, rotation).unwrap();
                 device.upload(&mut buffers.x, x).unwrap();
                 layer(device, weights, model.settings(), &mut cache, &mut buffers, index, probe)?;
                 Ok::<_, Halt>(device.to_vec(&buffers.x).unwrap())

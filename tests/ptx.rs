@@ -1,6 +1,6 @@
 //! The compiled kernels: they assemble for every architecture, spill nothing where it counts, and use dp4a.
 
-use host::device::ptx_images;
+use host::device::{ptx_image_for, ptx_images};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -21,13 +21,13 @@ struct Usage {
     stack_bytes: u32,
 }
 
-fn assemble(architecture: u32, text: &str) -> Vec<Usage> {
+fn assemble(architecture: &str, text: &str) -> Vec<Usage> {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     let input = folder.join("kernels.ptx");
     std::fs::write(&input, text).unwrap();
     let output = Command::new(ptxas())
-        .args(["-v", &format!("-arch=sm_{architecture}"), "-o"])
+        .args(["-v", &format!("-arch={architecture}"), "-o"])
         .arg(folder.join("kernels.cubin"))
         .arg(&input)
         .output()
@@ -35,7 +35,7 @@ fn assemble(architecture: u32, text: &str) -> Vec<Usage> {
             panic!("{} does not run ({error}): scripts/fetch-ptxas brings it", ptxas().display())
         });
     let log = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "ptxas refuses the kernels for sm_{architecture}:\n{log}");
+    assert!(output.status.success(), "ptxas refuses the kernels for {architecture}:\n{log}");
 
     let number_before = |line: &str, unit: &str| -> u32 {
         let head = line.split(unit).next().unwrap_or_default().trim_end();
@@ -64,25 +64,23 @@ fn assemble(architecture: u32, text: &str) -> Vec<Usage> {
 #[test]
 fn kernels_assemble_without_spills() {
     for architecture in ARCHITECTURES {
-        let image = ptx_images().iter().rev().find(|image| image.version <= architecture).unwrap();
+        let image = ptx_image_for(architecture).unwrap();
+        let own = format!("sm_{architecture}");
+        let architecture = if image.runs_on(architecture + 1) { own.as_str() } else { image.arch };
         let usages = assemble(architecture, image.text);
         assert_eq!(usages.len(), image.kernels().count());
         for prefix in ["gemv", "attention", "rms_norm", "sample"] {
             let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
             assert!(!hot.is_empty(), "no kernel is called {prefix}...");
             let most = hot.iter().max_by_key(|usage| usage.registers).unwrap();
-            println!(
-                "sm_{architecture}: {} {prefix} kernels, at most {} registers",
-                hot.len(),
-                most.registers
-            );
+            println!("{architecture}: {} {prefix} kernels, at most {} registers", hot.len(), most.registers);
             for usage in hot {
-                assert_eq!((usage.spilled_bytes, usage.stack_bytes), (0, 0), "sm_{architecture}: {usage:?}");
+                assert_eq!((usage.spilled_bytes, usage.stack_bytes), (0, 0), "{architecture}: {usage:?}");
             }
         }
         // A block of 1024 threads does not start with more, since an SM has 65,536.
         for usage in usages.iter().filter(|usage| ["argmax", "sample"].contains(&usage.kernel.as_str())) {
-            assert!(usage.registers <= 64, "sm_{architecture}: {usage:?}");
+            assert!(usage.registers <= 64, "{architecture}: {usage:?}");
         }
     }
 }
@@ -92,19 +90,19 @@ fn kernels_assemble_without_spills() {
 fn each_kernel_is_a_module() {
     for image in ptx_images() {
         let names: Vec<&str> = image.kernels().collect();
-        assert!(names.len() > 30, "sm_{}: {names:?}", image.version);
+        assert!(names.len() > 30, "{}: {names:?}", image.arch);
         let mut assembled = 0;
         for name in &names {
             let module = image.module(name).unwrap();
             assert_eq!(module.matches(".entry ").count(), 1, "{name}");
             // Of each kind one, and all that share memory in other ways.
             if !name.starts_with("gemv") || name.ends_with("q4_k") {
-                let usages = assemble(image.version, &module);
+                let usages = assemble(image.arch, &module);
                 assert_eq!(usages.iter().map(|usage| usage.kernel.as_str()).collect::<Vec<_>>(), [*name]);
                 assembled += 1;
             }
         }
-        println!("sm_{}: {assembled} of {} kernels assembled by themselves", image.version, names.len());
+        println!("{}: {assembled} of {} kernels assembled by themselves", image.arch, names.len());
         let error = image.module("gemv").unwrap_err();
         assert!(error.to_string().contains("no kernel gemv"), "{error}");
     }
@@ -113,12 +111,12 @@ fn each_kernel_is_a_module() {
 #[test]
 fn integer_kernels_use_dp4a() {
     for image in ptx_images() {
-        let version = image.version;
+        let arch = image.arch;
         for format in ["q8_0", "q4_1", "q4_k", "q6_k"] {
             let body = image.module(&format!("gemv_{format}")).unwrap();
             let count = body.matches("dp4a.s32.s32").count();
-            assert!(count >= 8, "sm_{version}: gemv_{format} has {count} dp4a instructions");
-            assert!(!body.contains(".local"), "sm_{version}: gemv_{format} uses local memory");
+            assert!(count >= 8, "{arch}: gemv_{format} has {count} dp4a instructions");
+            assert!(!body.contains(".local"), "{arch}: gemv_{format} uses local memory");
         }
     }
 }

@@ -53,7 +53,8 @@ impl CudaBuilder {
         Self { crate_dir: crate_dir.into(), arch: "sm_80".into(), copy_to: None, target_dir: None }
     }
 
-    /// The GPU architecture to compile for, such as `sm_90`: the PTX runs on this and every later one.
+    /// The GPU architecture to compile for, such as `sm_90`: the PTX runs on this and every later one. With an `a` at its
+    /// end, such as `sm_90a`, on this one alone.
     pub fn arch(mut self, arch: impl Into<String>) -> Self {
         self.arch = arch.into();
         self
@@ -119,15 +120,21 @@ impl CudaBuilder {
 
 impl CudaBuilder {
     /// The compiler's flags. Device code asks for instructions of newer GPUs with `cfg(cuda_sm_90)`: compute
-    /// capability 9.0 or later.
+    /// capability 9.0 or later; for those of 9.0 alone, which no later one has (`wgmma`), with `cfg(cuda_sm_90a)`.
     fn rustflags(&self) -> Result<String> {
         let number: u32 = self
             .arch
             .strip_prefix("sm_")
             .and_then(|digits| digits.trim_end_matches(|c: char| c.is_ascii_lowercase()).parse().ok())
             .with_context(|| format!("an architecture is sm_<number>, found {}", self.arch))?;
-        let (ptx_version, newer) =
-            if number >= 90 { (PTX_VERSION_90, " --cfg cuda_sm_90") } else { (PTX_VERSION, "") };
+        let ptx_version = if number >= 90 { PTX_VERSION_90 } else { PTX_VERSION };
+        let mut newer = String::new();
+        if number >= 90 {
+            newer += " --cfg cuda_sm_90";
+        }
+        if self.arch == "sm_90a" {
+            newer += " --cfg cuda_sm_90a";
+        }
         Ok(format!(
             "-Ctarget-cpu={} -Ctarget-feature=+{ptx_version} -Zunstable-options -Cpanic=immediate-abort{newer} {UNROLLING}",
             self.arch

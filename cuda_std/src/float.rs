@@ -3,8 +3,10 @@
 //! On a GPU they use its fast instructions, elsewhere plain arithmetic without a call into a mathematics library. Each
 //! is within two units in the last place where nothing else is said, so GPU and CPU may differ by a few.
 
+mod bfloat;
 mod half;
 
+pub use bfloat::{bf16x2_to_f32, f32_to_bf16x2};
 pub use half::{f16_to_f32, f32_to_f16};
 
 #[cfg(not(target_arch = "nvptx64"))]

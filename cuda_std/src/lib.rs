@@ -35,6 +35,7 @@ pub mod launch;
 pub mod memory;
 pub mod pipeline;
 pub mod shared;
+pub mod tensor;
 pub mod thread;
 pub mod warp;
 

@@ -1,5 +1,9 @@
 //! Copies from device into shared memory that run beside the warp which started them.
 
+mod block;
+
+pub use block::{BlockCopies, Piece};
+
 use crate::shared::DynamicShared;
 #[cfg(target_arch = "nvptx64")]
 use crate::warp::{FULL_MASK, sync_warp};

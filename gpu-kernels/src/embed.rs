@@ -1,4 +1,4 @@
-//! The start of a token: its embedding, and the angles of its position.
+//! The start of tokens: their embeddings, and the angles of their positions.
 
 use crate::formats::tile::{DeviceTile, Geometry, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
@@ -7,31 +7,32 @@ use crate::rope::angle;
 use crate::step::Step;
 use cuda_std::grid::let_next_start;
 use cuda_std::kernel;
-use cuda_std::thread::index_1d;
+use cuda_std::thread::{block_idx_y, index_1d};
 
 /// Threads in a block.
 pub const BLOCK_DIM: usize = 64;
 
 /// `out = weights[token]`, one row of the token-embedding matrix dequantized, and cosine and sine of every rotated
-/// pair's angle at the step's position.
+/// pair's angle at the step's position; for as many tokens as the grid has rows.
 ///
 /// # Safety
 /// The pointers are to device memory of the sizes below, the matrix is as its fields say with its rows in natural
-/// order, and the step's token is one of them.
+/// order, and the steps' tokens are among them.
 ///
 /// # Parameters
 /// - `weights`: `[n_vocab, n_embd]`
-/// - `step`: holds token and position
-/// - `out`: `[n_embd]`
+/// - `steps`: `[n_tokens]`, hold token and position
+/// - `out`: `[n_tokens, n_embd]`
 /// - `frequencies`: `[n_pairs]`, radians per position
-/// - `rotation`: `[n_pairs]`, cosine and sine, both times `magnitude`
+/// - `rotation`: `[n_tokens, n_pairs]`, cosine and sine, both times `magnitude`
 ///
 /// # Thread mapping
-/// One thread per unit of 32 columns, and one per pair; any block size, any grid that covers both.
+/// A row of the grid per token; in it one thread per unit of 32 columns, and one per pair; any block size, rows that
+/// cover both.
 #[kernel]
 pub unsafe fn embed(
     weights: MatrixRef,
-    step: *const Step,
+    steps: *const Step,
     out: *mut f32,
     n_embd: u32,
     frequencies: *const f64,
@@ -41,11 +42,13 @@ pub unsafe fn embed(
 ) {
     let_next_start();
     let (index, n_embd) = (index_1d() as usize, n_embd as usize);
-    // SAFETY: the caller vouches for the step; each thread writes its own pair.
+    let number = block_idx_y() as usize;
+    // SAFETY: the caller vouches for the steps; each thread writes its own pair.
     let step = unsafe {
-        let step = *step;
+        let step = *steps.add(number);
         if index < n_pairs as usize {
-            *rotation.add(index) = angle(step.position, frequencies, index, magnitude);
+            *rotation.add(number * n_pairs as usize + index) =
+                angle(step.position, frequencies, index, magnitude);
         }
         step
     };
@@ -73,7 +76,7 @@ pub unsafe fn embed(
     for (i, value) in values.into_iter().enumerate() {
         if index * UNIT + i < n_embd {
             // SAFETY: the column is inside `out`, and this thread's own.
-            unsafe { *out.add(index * UNIT + i) = value };
+            unsafe { *out.add(number * n_embd + index * UNIT + i) = value };
         }
     }
 }

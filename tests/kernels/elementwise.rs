@@ -131,14 +131,18 @@ fn embed_leaves_the_angles_of_the_position() {
                 layout: RopeLayout::HalfSplit,
                 magnitude: magnitude as f32,
             };
-            let step = device.alloc_from(&[Step { token: 0, position }]).unwrap();
-            let mut out = device.alloc::<f32>(32).unwrap();
-            let mut rotation = device.alloc::<[f32; 2]>(3).unwrap();
-            ops::embed(device, &matrix, &step, &rope, &mut out, &mut rotation).unwrap();
+            // Of two tokens at once.
+            let steps = [position, position / 3].map(|position| Step { token: 0, position });
+            let buffer = device.alloc_from(&steps).unwrap();
+            let mut out = device.alloc::<f32>(64).unwrap();
+            let mut rotation = device.alloc::<[f32; 2]>(6).unwrap();
+            ops::embed(device, &matrix, &buffer, 2, &rope, &mut out, &mut rotation).unwrap();
             let found: Vec<f32> = device.to_vec(&rotation).unwrap().into_iter().flatten().collect();
-            let angles = frequencies.map(|frequency| (f64::from(position) * frequency).sin_cos());
+            let angles = steps.iter().flat_map(|step| {
+                frequencies.map(|frequency| (f64::from(step.position) * frequency).sin_cos())
+            });
             let expected: Vec<f64> =
-                angles.iter().flat_map(|(sin, cos)| [magnitude * cos, magnitude * sin]).collect();
+                angles.flat_map(|(sin, cos)| [magnitude * cos, magnitude * sin]).collect();
             assert_close(&found, &expected, 4e-7, 1.0, &format!("position {position}"));
         }
     }

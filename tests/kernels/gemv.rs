@@ -66,14 +66,14 @@ fn for_each_case(test: impl Fn(&Device, Case)) {
 }
 
 /// `W x` and `|W| |x|`: the product, and the size of what was added up, which rounding errors are relative to.
-fn product(weights: &[f64], x: &[f64]) -> (Vec<f64>, f64) {
+pub(super) fn product(weights: &[f64], x: &[f64]) -> (Vec<f64>, f64) {
     let rows = weights.chunks_exact(x.len());
     let y = rows.clone().map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect();
     let size = rows.map(|row| row.iter().zip(x).map(|(w, x)| (w * x).abs()).sum()).fold(0.0, f64::max);
     (y, size)
 }
 
-fn widen(values: &[f32]) -> Vec<f64> {
+pub(super) fn widen(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&v| v.into()).collect()
 }
 
@@ -136,7 +136,7 @@ fn bias_and_residual_are_added() {
 }
 
 /// `x * gamma / sqrt(mean(x^2) + eps)`.
-fn normalised(x: &[f32], gamma: &[f32], eps: f32) -> Vec<f64> {
+pub(super) fn normalised(x: &[f32], gamma: &[f32], eps: f32) -> Vec<f64> {
     let mean = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / x.len() as f64;
     let factor = 1.0 / (mean + f64::from(eps)).sqrt();
     x.iter().zip(gamma).map(|(&x, &g)| f64::from(x) * f64::from(g) * factor).collect()

@@ -6,6 +6,7 @@
 mod attention;
 mod elementwise;
 pub mod formats;
+mod gemm;
 mod gemv;
 mod random;
 mod read;

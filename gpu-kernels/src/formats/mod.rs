@@ -58,7 +58,7 @@ pub trait WeightFormat: Copy {
     /// Bytes in a GGUF block.
     const BLOCK_BYTES: usize;
     /// What a lane holds of one unit.
-    type Unit: WeightUnit;
+    type Unit: WeightUnit + Copy;
 
     /// Bytes of a tile of `n_units` units by four rows, before rounding up to [`tile::ALIGNMENT`]. Formats with blocks
     /// of several units have tiles of whole blocks.

@@ -6,6 +6,7 @@ use crate::formats::tile::TILE_ROWS;
 use crate::math::silu;
 use crate::rope::rotate;
 use crate::step::Step;
+use core::ptr;
 use cuda_std::float::f32_to_f16;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::shared::DynamicShared;
@@ -282,10 +283,38 @@ struct Rows {
 }
 
 impl Qkv {
+    /// For launches that make none.
+    pub const NOTHING: Self = Self {
+        q: ptr::null_mut(),
+        k_cache: ptr::null_mut(),
+        v_cache: ptr::null_mut(),
+        bias: [ptr::null(); 3],
+        rotation: ptr::null(),
+        step: ptr::null(),
+        head_dim: 0,
+        per_head_dim: 0,
+        n_ctx: 0,
+        n_rot: 0,
+        pair_distance: 0,
+    };
+
     /// What a number is multiplied with to be divided by `head_dim`: exact below 2^32 / head_dim (Granlund and
     /// Montgomery, 1994).
     pub const fn reciprocal(head_dim: u32) -> u32 {
         ((1u64 << 32) / head_dim as u64 + 1) as u32
+    }
+
+    /// The same of the token that is `token` after this one's, where the queries of a token are `n_q` after those before,
+    /// and rotations and steps follow each other.
+    #[inline(always)]
+    pub fn at_token(self, token: u32, n_q: u32) -> Self {
+        let token = token as usize;
+        Self {
+            q: self.q.wrapping_add(token * n_q as usize),
+            rotation: self.rotation.wrapping_add(token * (self.n_rot / 2) as usize),
+            step: self.step.wrapping_add(token),
+            ..self
+        }
     }
 
     /// The rows of a quad of part `part`, as the order of its matrix has them.

@@ -1,6 +1,6 @@
 //! An NVIDIA GPU as a device: `cust` loads the PTX and launches on one stream.
 
-use super::ptx::{PtxImage, ptx_images};
+use super::ptx::{PtxImage, ptx_image_for, ptx_images};
 use anyhow::{Context as _, Result, bail, ensure};
 use cuda_driver::{LaunchAttribute, PROGRAMMATIC_STREAM_SERIALIZATION};
 use cuda_std::launch::{KernelInfo, LaunchConfig};
@@ -60,8 +60,7 @@ impl CudaDevice {
         let attribute = |attribute| device.get_attribute(attribute).map(|value| value as u32);
         let version = 10 * attribute(DeviceAttribute::ComputeCapabilityMajor)?
             + attribute(DeviceAttribute::ComputeCapabilityMinor)?;
-        let image = ptx_images().iter().rev().find(|image| image.version <= version);
-        let image = image.with_context(|| {
+        let image = ptx_image_for(version).with_context(|| {
             let oldest = ptx_images()[0].version;
             format!(
                 "{name} has compute capability {}.{}, and Warpline needs {}.{} or later",
@@ -93,11 +92,11 @@ impl CudaDevice {
 
     pub(super) fn describe(&self) -> String {
         format!(
-            "{} (compute capability {}.{}, kernels for sm_{})",
+            "{} (compute capability {}.{}, kernels for {})",
             self.name,
             self.version / 10,
             self.version % 10,
-            self.image.version
+            self.image.arch
         )
     }
 
@@ -266,8 +265,8 @@ impl CudaDevice {
     fn function(&self, kernel: &KernelInfo) -> Result<Function<'static>> {
         use sys::CUfunction_attribute::*;
         let module = Module::from_ptx(self.image.module(kernel.name)?, &[]).with_context(|| {
-            let version = self.image.version;
-            format!("the driver does not accept the kernel {} (sm_{version}) for {}", kernel.name, self.name)
+            let arch = self.image.arch;
+            format!("the driver does not accept the kernel {} ({arch}) for {}", kernel.name, self.name)
         })?;
         // It may be launched until the process ends; the driver frees the module with the context.
         let module: &'static Module = Box::leak(Box::new(module));

@@ -9,7 +9,7 @@ mod cuda;
 mod ptx;
 
 pub use buffer::{Buffer, HostBuffer};
-pub use ptx::{PtxImage, ptx_images};
+pub use ptx::{PtxImage, ptx_image_for, ptx_images};
 
 use anyhow::{Context as _, Result, ensure};
 use buffer::Memory;

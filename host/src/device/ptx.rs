@@ -5,7 +5,9 @@ use anyhow::{Context as _, Result};
 /// The kernels compiled for one GPU architecture.
 #[derive(Debug)]
 pub struct PtxImage {
-    /// The architecture's number: 90 for sm_90, which runs on compute capability 9.0 and later.
+    /// The architecture, such as `sm_90`.
+    pub arch: &'static str,
+    /// Its number: 90 for sm_90, which runs on compute capability 9.0 and later.
     pub version: u32,
     /// All kernels in one module.
     pub text: &'static str,
@@ -22,7 +24,17 @@ pub fn ptx_images() -> &'static [PtxImage] {
     IMAGES
 }
 
+/// The kernels for a GPU of compute capability `version / 10`.`version % 10`; `None` where it is too old.
+pub fn ptx_image_for(version: u32) -> Option<&'static PtxImage> {
+    IMAGES.iter().rev().find(|image| image.runs_on(version))
+}
+
 impl PtxImage {
+    /// Whether a GPU of this compute capability takes it: PTX for sm_90a runs on 9.0 alone.
+    pub fn runs_on(&self, version: u32) -> bool {
+        if self.arch.ends_with('a') { version == self.version } else { version >= self.version }
+    }
+
     /// The names of the kernels.
     pub fn kernels(&self) -> impl Iterator<Item = &'static str> {
         self.text.split(ENTRY).skip(1).map(|rest| rest.split('(').next().unwrap_or(rest))

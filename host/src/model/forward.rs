@@ -94,7 +94,7 @@ pub(super) fn forward(
     with_logits: bool,
     probe: Probe,
 ) -> Result<(), Halt> {
-    ops::embed(device, &weights.token_embd, &b.step, &settings.rope, &mut b.x, &mut b.rotation)?;
+    ops::embed(device, &weights.token_embd, &b.step, 1, &settings.rope, &mut b.x, &mut b.rotation)?;
     probe.after(Op::Embed, 0, device, &b.x)?;
 
     for (i, (weights, cache)) in weights.layers.iter().zip(caches).enumerate() {

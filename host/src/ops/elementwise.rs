@@ -13,31 +13,35 @@ use gpu_kernels::{
     swiglu as swiglu_kernel,
 };
 
-/// `out = weights[step.token]`, `out` of `weights.n_cols()` values; into `rotation` cosine and sine of every rotated
-/// pair's angle at the step's position.
+/// `out[i] = weights[steps[i].token]`, each of `weights.n_cols()` values; into `rotation` cosine and sine of every rotated
+/// pair's angle at the step's position. For the first `n_tokens` steps.
 ///
-/// The token is in device memory: whoever writes it keeps it below `weights.n_rows()`.
+/// The tokens are in device memory: whoever writes them keeps them below `weights.n_rows()`.
 ///
 /// # Errors
-/// When a buffer is too short, the matrix's rows are not in natural order, or the launch fails.
+/// When a buffer is too short, there are more than 65,535 tokens, the matrix's rows are not in natural order, or the launch
+/// fails.
 pub fn embed(
     device: &Device,
     weights: &Matrix,
-    step: &Buffer<Step>,
+    steps: &Buffer<Step>,
+    n_tokens: usize,
     rope: &Rope,
     out: &mut Buffer<f32>,
     rotation: &mut Buffer<[f32; 2]>,
 ) -> Result<()> {
     let pairs = rope.frequencies.len();
-    at_least("embed", "step", step, 1)?;
-    at_least("embed", "out", out, weights.n_cols())?;
-    at_least("embed", "rotation", rotation, pairs)?;
+    ensure!((1..=65_535).contains(&n_tokens), "embed: {n_tokens} tokens, 1 to 65,535 are possible");
+    at_least("embed", "steps", steps, n_tokens)?;
+    at_least("embed", "out", out, n_tokens * weights.n_cols())?;
+    at_least("embed", "rotation", rotation, n_tokens * pairs)?;
     ensure!(weights.order() == RowOrder::NATURAL, "embed: the rows are in {:?}", weights.order());
     let threads = weights.n_cols().div_ceil(UNIT).max(pairs);
-    let config = launch_1d(threads.div_ceil(embed_kernel::BLOCK_DIM), embed_kernel::BLOCK_DIM)?;
+    let mut config = launch_1d(threads.div_ceil(embed_kernel::BLOCK_DIM), embed_kernel::BLOCK_DIM)?;
+    config.grid[1] = n_tokens as u32;
     let arguments = (
         weights.as_ref()?,
-        step.as_ptr(),
+        steps.as_ptr(),
         out.as_mut_ptr(),
         dim(weights.n_cols())?,
         rope.frequencies.as_ptr(),
@@ -45,7 +49,7 @@ pub fn embed(
         dim(pairs)?,
         rope.magnitude,
     );
-    // SAFETY: the matrix is whole by construction, the lengths are checked, and the token is below n_rows.
+    // SAFETY: the matrix is whole by construction, the lengths are checked, and the tokens are below n_rows.
     unsafe { device.launch(&embed_kernel::EMBED, config, arguments) }
 }
 

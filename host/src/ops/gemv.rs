@@ -149,48 +149,13 @@ pub fn gemv_qkv(
     q: &mut Buffer<f32>,
     cache: &mut KvLayer,
 ) -> Result<()> {
-    let (head_dim, n_kv) = (cache.head_dim, cache.n_head_kv * cache.head_dim);
-    let n_rot = 2 * rope.frequencies.len();
+    check_qkv("gemv_qkv", weights, rope, cache)?;
     let [wq, wk, wv] = weights.matrices;
-    ensure!(n_rot <= head_dim, "gemv_qkv: {n_rot} values to rotate in heads of {head_dim}");
-    let order = pair_order(rope.layout, head_dim, n_rot);
-    for (name, matrix, n_rows, order) in
-        [("q", wq, wq.n_rows(), order), ("k", wk, n_kv, order), ("v", wv, n_kv, RowOrder::NATURAL)]
-    {
-        ensure!(
-            matrix.n_rows() == n_rows && n_rows.is_multiple_of(head_dim) && matrix.n_cols() == wq.n_cols(),
-            "gemv_qkv: {name} is {} x {}, for {n_rows} rows in heads of {head_dim} and {} columns",
-            matrix.n_rows(),
-            matrix.n_cols(),
-            wq.n_cols()
-        );
-        ensure!(matrix.order() == order, "gemv_qkv: {name} is in {:?}, not {order:?}", matrix.order());
-    }
-    for (bias, matrix) in weights.biases.iter().zip(weights.matrices) {
-        if let Some(bias) = bias {
-            at_least("gemv_qkv", "bias", bias, matrix.n_rows())?;
-        }
-    }
     let input = input("gemv_qkv", wq, x, norm)?;
     at_least("gemv_qkv", "q", q, wq.n_rows())?;
-    at_least("gemv_qkv", "rotation", rotation, n_rot / 2)?;
+    at_least("gemv_qkv", "rotation", rotation, rope.frequencies.len())?;
     at_least("gemv_qkv", "step", step, 1)?;
-    let output = Qkv {
-        q: q.as_mut_ptr(),
-        k_cache: cache.k.as_mut_ptr(),
-        v_cache: cache.v.as_mut_ptr(),
-        bias: weights.biases.map(|bias| bias.map_or(ptr::null(), |bias| bias.as_ptr())),
-        rotation: rotation.as_ptr(),
-        step: step.as_ptr(),
-        head_dim: dim(head_dim)?,
-        n_ctx: dim(cache.n_ctx)?,
-        n_rot: dim(n_rot)?,
-        per_head_dim: Qkv::reciprocal(dim(head_dim)?),
-        pair_distance: match rope.layout {
-            RopeLayout::Interleaved => 1,
-            RopeLayout::HalfSplit => dim(n_rot / 2)?,
-        },
-    };
+    let output = qkv_output(weights, rope, rotation, step, q, cache)?;
     let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, x.is_exact(), Room::LessThanHalf)?;
     let kernel = match x.is_exact() {
         true => &kernels::exact::GEMV_QKV,
@@ -199,6 +164,61 @@ pub fn gemv_qkv(
     let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
     // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.
     unsafe { device.launch(kernel, config, arguments) }
+}
+
+/// Refuses matrices and biases that do not fit the cache, the rotation or each other.
+pub(super) fn check_qkv(operation: &str, weights: QkvWeights, rope: &Rope, cache: &KvLayer) -> Result<()> {
+    let (head_dim, n_kv) = (cache.head_dim, cache.n_head_kv * cache.head_dim);
+    let n_rot = 2 * rope.frequencies.len();
+    let [wq, wk, wv] = weights.matrices;
+    ensure!(n_rot <= head_dim, "{operation}: {n_rot} values to rotate in heads of {head_dim}");
+    let order = pair_order(rope.layout, head_dim, n_rot);
+    for (name, matrix, n_rows, order) in
+        [("q", wq, wq.n_rows(), order), ("k", wk, n_kv, order), ("v", wv, n_kv, RowOrder::NATURAL)]
+    {
+        ensure!(
+            matrix.n_rows() == n_rows && n_rows.is_multiple_of(head_dim) && matrix.n_cols() == wq.n_cols(),
+            "{operation}: {name} is {} x {}, for {n_rows} rows in heads of {head_dim} and {} columns",
+            matrix.n_rows(),
+            matrix.n_cols(),
+            wq.n_cols()
+        );
+        ensure!(matrix.order() == order, "{operation}: {name} is in {:?}, not {order:?}", matrix.order());
+    }
+    for (bias, matrix) in weights.biases.iter().zip(weights.matrices) {
+        if let Some(bias) = bias {
+            at_least(operation, "bias", bias, matrix.n_rows())?;
+        }
+    }
+    Ok(())
+}
+
+/// Where queries, keys and values go, as a launch passes it; of shapes that were checked.
+pub(super) fn qkv_output(
+    weights: QkvWeights,
+    rope: &Rope,
+    rotation: &Buffer<[f32; 2]>,
+    step: &Buffer<Step>,
+    q: &mut Buffer<f32>,
+    cache: &mut KvLayer,
+) -> Result<Qkv> {
+    let (head_dim, n_rot) = (dim(cache.head_dim)?, dim(2 * rope.frequencies.len())?);
+    Ok(Qkv {
+        q: q.as_mut_ptr(),
+        k_cache: cache.k.as_mut_ptr(),
+        v_cache: cache.v.as_mut_ptr(),
+        bias: weights.biases.map(|bias| bias.map_or(ptr::null(), |bias| bias.as_ptr())),
+        rotation: rotation.as_ptr(),
+        step: step.as_ptr(),
+        head_dim,
+        n_ctx: dim(cache.n_ctx)?,
+        n_rot,
+        per_head_dim: Qkv::reciprocal(head_dim),
+        pair_distance: match rope.layout {
+            RopeLayout::Interleaved => 1,
+            RopeLayout::HalfSplit => n_rot / 2,
+        },
+    })
 }
 
 /// The input as a launch passes it.

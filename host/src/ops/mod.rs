@@ -4,6 +4,7 @@
 
 mod attention;
 mod elementwise;
+mod gemm;
 mod gemv;
 mod matrix;
 mod read;
@@ -11,6 +12,7 @@ mod types;
 
 pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, rope};
 pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
+pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use matrix::{Matrix, Packer};
 pub use read::read;

@@ -1,0 +1,298 @@
+//! Tensor cores: products of small matrices of bfloat16, with sums in f32.
+//!
+//! The elements of the first matrix and of the result are spread over the lanes of a warp, as PTX's `m16n8k16` has them:
+//! with `group = lane / 4` and `member = lane % 4`, a lane holds of the first matrix, 16 rows by 16 columns, four words of
+//! two neighbouring columns each: row `group`, columns `2 * member` and on; row `group + 8`, the same columns; row `group`,
+//! columns `2 * member + 8` and on; row `group + 8`, the same columns. Of the result it holds, for every eight columns,
+//! row `group`, columns `2 * member` and `2 * member + 1`, and the same of row `group + 8`. The second matrix lies in
+//! shared memory, a [`Panel`].
+
+use crate::shared::DynamicShared;
+
+/// Inner dimension of a [`Panel`]: 128 bytes of each of its rows.
+pub const PANEL_DEPTH: usize = 64;
+/// Inner dimension of one instruction.
+pub const STEP_DEPTH: usize = 16;
+/// Instructions that go through a panel.
+pub const PANEL_STEPS: usize = PANEL_DEPTH / STEP_DEPTH;
+/// Words of a panel's row.
+pub const PANEL_ROW_WORDS: usize = PANEL_DEPTH / 2;
+/// Panels start at multiples of so many words in the window of shared memory.
+pub const PANEL_ALIGNMENT: u32 = 256;
+
+/// Where piece `piece` of 16 bytes stands in row `row` of a panel: pieces are exchanged so that eight rows' pieces of one
+/// number lie in different banks, which is also what the tensor cores of compute capability 9.0 call a swizzle of 128
+/// bytes.
+#[inline(always)]
+pub const fn swizzled(row: usize, piece: usize) -> usize {
+    piece ^ (row % 8)
+}
+
+/// The second matrix of a product, transposed: rows of [`PANEL_DEPTH`] values of bfloat16, one for each column of the
+/// result, their pieces of 16 bytes at their [`swizzled`] places.
+#[derive(Clone, Copy, Debug)]
+pub struct Panel {
+    memory: DynamicShared<u32>,
+    start: u32,
+}
+
+impl Panel {
+    /// The panel at word `start`, a multiple of [`PANEL_ALIGNMENT`] after [`aligned_start`].
+    #[inline(always)]
+    pub fn new(memory: DynamicShared<u32>, start: u32) -> Self {
+        Self { memory, start }
+    }
+}
+
+/// The first word of the memory at which a panel can start, less than [`PANEL_ALIGNMENT`].
+#[inline(always)]
+pub fn aligned_start(memory: DynamicShared<u32>) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => (memory.address_of(0).wrapping_neg() & (4 * PANEL_ALIGNMENT - 1)) / 4,
+        _ => {
+            let _ = memory;
+            0
+        }
+    }
+}
+
+/// `sums += a * b` of a warp's 16 rows and the panel's rows, twice as many as `sums` has elements; `a` is one step of 16
+/// columns after the other.
+///
+/// All lanes of the warp take part, and from compute capability 9.0 on the other warps of its four as well (counted from
+/// a multiple of four), with the same panel: there it is `wgmma`, before that `mma.sync`. `SUMS` is 32, 64 or 128.
+#[inline(always)]
+pub fn multiply_add<const SUMS: usize>(sums: &mut [f32; SUMS], a: [[u32; 4]; PANEL_STEPS], b: Panel) {
+    const { assert!(SUMS == 32 || SUMS == 64 || SUMS == 128) };
+    cfg_select! {
+        all(target_arch = "nvptx64", cuda_sm_90a) => {
+            // SAFETY: the tensor cores read the panel, and nothing else; the result is there when they are waited for.
+            unsafe { warpgroup::multiply_add(sums, a, b) }
+        }
+        target_arch = "nvptx64" => warp::multiply_add(sums, a, b),
+        _ => emulated::multiply_add(sums, a, b),
+    }
+}
+
+#[cfg(all(target_arch = "nvptx64", cuda_sm_90a))]
+mod warpgroup {
+    use super::{PANEL_STEPS, Panel};
+
+    /// The instructions for one number of columns, all steps in one: between them the sums are in flight, and nothing may
+    /// move them.
+    macro_rules! instructions {
+        ($sums:ident, $a:ident, $b:ident, $columns:literal, $first:literal $($i:literal)*) => {
+            core::arch::asm!(
+                "{{ .reg .pred accumulates; setp.eq.u32 accumulates, 0, 0;",
+                "wgmma.fence.sync.aligned;",
+                instructions!(@step $columns, "a0", "b0", $first $($i)*),
+                instructions!(@step $columns, "a1", "b1", $first $($i)*),
+                instructions!(@step $columns, "a2", "b2", $first $($i)*),
+                instructions!(@step $columns, "a3", "b3", $first $($i)*),
+                "wgmma.commit_group.sync.aligned;",
+                "wgmma.wait_group.sync.aligned 0; }}",
+                inout(reg32) $sums[$first],
+                $(inout(reg32) $sums[$i],)*
+                a00 = in(reg32) $a[0][0], a01 = in(reg32) $a[0][1], a02 = in(reg32) $a[0][2], a03 = in(reg32) $a[0][3],
+                a10 = in(reg32) $a[1][0], a11 = in(reg32) $a[1][1], a12 = in(reg32) $a[1][2], a13 = in(reg32) $a[1][3],
+                a20 = in(reg32) $a[2][0], a21 = in(reg32) $a[2][1], a22 = in(reg32) $a[2][2], a23 = in(reg32) $a[2][3],
+                a30 = in(reg32) $a[3][0], a31 = in(reg32) $a[3][1], a32 = in(reg32) $a[3][2], a33 = in(reg32) $a[3][3],
+                b0 = in(reg64) $b, b1 = in(reg64) $b + 2, b2 = in(reg64) $b + 4, b3 = in(reg64) $b + 6,
+                options(nostack, preserves_flags),
+            )
+        };
+        (@step $columns:literal, $a:literal, $b:literal, $first:literal $($i:literal)*) => {
+            concat!(
+                "wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.bf16.bf16 {{",
+                "{", $first, "}", $(", {", $i, "}",)*
+                "}}, {{{", $a, "0}, {", $a, "1}, {", $a, "2}, {", $a, "3}}}, {", $b, "}, accumulates, 1, 1, 0;",
+            )
+        };
+    }
+
+    /// # Safety
+    /// Four warps call it together, with the same panel.
+    #[inline(always)]
+    pub(super) unsafe fn multiply_add<const SUMS: usize>(
+        sums: &mut [f32; SUMS],
+        a: [[u32; 4]; PANEL_STEPS],
+        b: Panel,
+    ) {
+        // The matrix descriptor: address, distance of groups of eight rows, and swizzle of 128 bytes; a step is 32 bytes
+        // further on. All in units of 16 bytes.
+        let address = u64::from(b.memory.address_of(b.start as usize) >> 4);
+        let b = address | 1 << 16 | (1024 >> 4) << 32 | 1 << 62;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match SUMS {
+                32 => instructions!(
+                    sums, a, b, 64,
+                    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+                ),
+                64 => instructions!(
+                    sums, a, b, 128,
+                    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34
+                    35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
+                ),
+                _ => instructions!(
+                    sums, a, b, 256,
+                    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32 33 34
+                    35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63 64 65 66
+                    67 68 69 70 71 72 73 74 75 76 77 78 79 80 81 82 83 84 85 86 87 88 89 90 91 92 93 94 95 96 97 98
+                    99 100 101 102 103 104 105 106 107 108 109 110 111 112 113 114 115 116 117 118 119 120 121 122
+                    123 124 125 126 127
+                ),
+            }
+        }
+    }
+}
+
+#[cfg(all(target_arch = "nvptx64", not(cuda_sm_90a)))]
+mod warp {
+    use super::{PANEL_ROW_WORDS, PANEL_STEPS, Panel, swizzled};
+    use crate::warp::lane_id;
+
+    #[inline(always)]
+    pub(super) fn multiply_add<const SUMS: usize>(
+        sums: &mut [f32; SUMS],
+        a: [[u32; 4]; PANEL_STEPS],
+        b: Panel,
+    ) {
+        let lane = lane_id() as usize;
+        // Of two groups of eight rows, both pieces of a step each: a lane gives the address of one row's piece.
+        let row = lane / 16 * 8 + lane % 8;
+        let piece = lane / 8 % 2;
+        let mut step = 0;
+        while step < PANEL_STEPS {
+            let place = row * PANEL_ROW_WORDS + swizzled(row, 2 * step + piece) * 4;
+            let address = b.memory.address_of(b.start as usize + place);
+            let mut pair = 0;
+            while pair < SUMS / 8 {
+                // SAFETY: the rows are in the panel.
+                let [b0, b1, b2, b3] =
+                    unsafe { load_matrices(address + (pair * 16 * PANEL_ROW_WORDS * 4) as u32) };
+                let at = 8 * pair;
+                let first = [sums[at], sums[at + 1], sums[at + 2], sums[at + 3]];
+                let second = [sums[at + 4], sums[at + 5], sums[at + 6], sums[at + 7]];
+                [sums[at], sums[at + 1], sums[at + 2], sums[at + 3]] =
+                    multiply_add_16(a[step], [b0, b1], first);
+                [sums[at + 4], sums[at + 5], sums[at + 6], sums[at + 7]] =
+                    multiply_add_16(a[step], [b2, b3], second);
+                pair += 1;
+            }
+            step += 1;
+        }
+    }
+
+    /// Four matrices of eight rows of 16 bytes, whose addresses lanes 0 to 7, 8 to 15 ... give.
+    ///
+    /// # Safety
+    /// The address is that of 16 bytes of shared memory.
+    #[inline(always)]
+    unsafe fn load_matrices(address: u32) -> [u32; 4] {
+        let (a, b, c, d);
+        // SAFETY: the caller vouches for the address; all lanes are here.
+        unsafe {
+            core::arch::asm!(
+                "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{a}, {b}, {c}, {d}}}, [{address}];",
+                a = out(reg32) a,
+                b = out(reg32) b,
+                c = out(reg32) c,
+                d = out(reg32) d,
+                address = in(reg32) address,
+                options(readonly, nostack, preserves_flags),
+            );
+        }
+        [a, b, c, d]
+    }
+
+    #[inline(always)]
+    fn multiply_add_16(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
+        let (d0, d1, d2, d3);
+        // SAFETY: arithmetic alone; all lanes are here.
+        unsafe {
+            core::arch::asm!(
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 \
+                    {{{d0}, {d1}, {d2}, {d3}}}, {{{a0}, {a1}, {a2}, {a3}}}, {{{b0}, {b1}}}, {{{c0}, {c1}, {c2}, {c3}}};",
+                d0 = out(reg32) d0, d1 = out(reg32) d1, d2 = out(reg32) d2, d3 = out(reg32) d3,
+                a0 = in(reg32) a[0], a1 = in(reg32) a[1], a2 = in(reg32) a[2], a3 = in(reg32) a[3],
+                b0 = in(reg32) b[0], b1 = in(reg32) b[1],
+                c0 = in(reg32) c[0], c1 = in(reg32) c[1], c2 = in(reg32) c[2], c3 = in(reg32) c[3],
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+        [d0, d1, d2, d3]
+    }
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+mod emulated {
+    use super::{PANEL_DEPTH, PANEL_ROW_WORDS, PANEL_STEPS, Panel, swizzled};
+    use crate::emulator::{Collective, Lanes, collective};
+    use crate::float::bf16x2_to_f32;
+    use crate::warp::FULL_MASK;
+
+    /// What a lane brings: where its sums are, and its part of the first matrix.
+    #[derive(Clone, Copy)]
+    struct Operand {
+        sums: *mut f32,
+        a: [[u32; 4]; PANEL_STEPS],
+        panel: Panel,
+    }
+
+    struct MultiplyAdd<const SUMS: usize>;
+
+    pub(super) fn multiply_add<const SUMS: usize>(
+        sums: &mut [f32; SUMS],
+        a: [[u32; 4]; PANEL_STEPS],
+        panel: Panel,
+    ) {
+        collective::<MultiplyAdd<SUMS>>(FULL_MASK, 0, Operand { sums: sums.as_mut_ptr(), a, panel });
+    }
+
+    impl<const SUMS: usize> Collective for MultiplyAdd<SUMS> {
+        type Operand = Operand;
+        const NAME: &'static str = "a product on tensor cores";
+
+        fn compute(lanes: &Lanes<Operand>, _: u32) {
+            let operands: [Option<Operand>; 32] = std::array::from_fn(|lane| lanes.get(lane));
+            // The rows of a column side by side: they are what is worked on at once.
+            let mut a = [[f32::NAN; 16]; PANEL_DEPTH];
+            for (lane, operand) in operands.iter().enumerate() {
+                // Rows of a lane that has returned stay unspecified.
+                let Some(operand) = operand else { continue };
+                let (group, member) = (lane / 4, lane % 4);
+                for (step, words) in operand.a.iter().enumerate() {
+                    for (i, &word) in words.iter().enumerate() {
+                        let (row, column) = (group + i % 2 * 8, 16 * step + 2 * member + i / 2 * 8);
+                        [a[column][row], a[column + 1][row]] = bf16x2_to_f32(word);
+                    }
+                }
+            }
+            let Some(panel) = operands.iter().flatten().map(|operand| operand.panel).next() else { return };
+            for column in 0..2 * SUMS {
+                let mut b = [0.0f32; PANEL_DEPTH];
+                let start = panel.start as usize + column * PANEL_ROW_WORDS;
+                for piece in 0..PANEL_DEPTH / 8 {
+                    let words = panel.memory.get4(start + 4 * swizzled(column, piece));
+                    for (i, word) in words.into_iter().enumerate() {
+                        [b[8 * piece + 2 * i], b[8 * piece + 2 * i + 1]] = bf16x2_to_f32(word);
+                    }
+                }
+                let mut sums = [0.0f32; 16];
+                for (a, b) in a.iter().zip(b) {
+                    for (sum, a) in sums.iter_mut().zip(a) {
+                        *sum += a * b;
+                    }
+                }
+                let (member, place) = (column % 8 / 2, column / 8 * 4 + column % 2);
+                for (row, sum) in sums.into_iter().enumerate() {
+                    if let Some(to) = &operands[row % 8 * 4 + member] {
+                        // SAFETY: the lane waits, with its sums on its stack; there are two for every column.
+                        unsafe { *to.sums.add(place + row / 8 * 2) += sum };
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Launchers of the matrix products for many tokens.
+
+use super::gemv::{QkvWeights, check_qkv, qkv_output};
+use super::{KvLayer, Matrix, Norm, Rope, aligned, at_least, dim, launch_1d};
+use crate::device::{Buffer, Device};
+use anyhow::{Context as _, Result, ensure};
+use cuda_std::launch::{Kernel, LaunchConfig};
+use gpu_kernels::formats::UNIT;
+use gpu_kernels::gemm::{self as kernels, BLOCK_DIM, BLOCK_QUADS, MAX_STAGES, OutputKind, Shape};
+use gpu_kernels::gemv::MatrixRef;
+use gpu_kernels::gemv::epilogue::Qkv;
+use gpu_kernels::panels::{self, GROUP, GROUP_PANELS, PanelPiece, ROW_BYTES, TOKEN_STEP};
+use gpu_kernels::rows::{Order, RowOrder};
+use gpu_kernels::step::Step;
+use std::ptr;
+
+/// Vectors of many tokens as the tensor cores take them ([`gpu_kernels::panels`]): scratch that [`pack_panels`] fills and
+/// products read.
+#[derive(Debug)]
+pub struct Panels {
+    high: Buffer<PanelPiece>,
+    /// On the exact path what the values in `high` leave.
+    low: Option<Buffer<PanelPiece>>,
+    /// What was packed last.
+    n_tokens: usize,
+    n_cols: usize,
+}
+
+impl Panels {
+    /// Room for `n_tokens` vectors of `n_cols` values; exact ones take twice as much.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn alloc(device: &Device, n_tokens: usize, n_cols: usize, is_exact: bool) -> Result<Self> {
+        let len = pieces(n_tokens, n_cols);
+        Ok(Self {
+            high: device.alloc(len)?,
+            low: if is_exact { Some(device.alloc(len)?) } else { None },
+            n_tokens: 0,
+            n_cols: 0,
+        })
+    }
+
+    fn as_ref(&self) -> Result<panels::Panels> {
+        Ok(panels::Panels {
+            high: self.high.as_ptr(),
+            low: self.low.as_ref().map_or(ptr::null(), |low| low.as_ptr()),
+            n_rows: dim(self.n_tokens.next_multiple_of(TOKEN_STEP))?,
+            n_units: dim(self.n_cols.div_ceil(UNIT))?,
+        })
+    }
+}
+
+/// Pieces of 16 bytes that the vectors of so many tokens take.
+fn pieces(n_tokens: usize, n_cols: usize) -> usize {
+    let n_panels = n_cols.div_ceil(GROUP) * GROUP_PANELS;
+    n_panels * n_tokens.next_multiple_of(TOKEN_STEP) * ROW_BYTES / 16
+}
+
+/// Puts `n_tokens` vectors of `n_cols` values, one after the other in `x`, into panels; normalised first where there is a
+/// norm.
+///
+/// # Errors
+/// When `n_cols` is not a multiple of 4, a buffer is too short, or the launch fails.
+pub fn pack_panels(
+    device: &Device,
+    x: &Buffer<f32>,
+    n_tokens: usize,
+    n_cols: usize,
+    norm: Option<Norm>,
+    to: &mut Panels,
+) -> Result<()> {
+    ensure!(n_tokens > 0 && n_cols > 0, "pack_panels: {n_tokens} vectors of {n_cols} values");
+    ensure!(n_cols.is_multiple_of(4), "pack_panels: vectors are of a multiple of 4 values, found {n_cols}");
+    aligned("pack_panels", "x", x, n_tokens * n_cols)?;
+    at_least("pack_panels", "panels", &to.high, pieces(n_tokens, n_cols))?;
+    let (mut gamma, mut eps) = (ptr::null(), 0.0);
+    if let Some(norm) = norm {
+        ensure!(
+            norm.gamma.len() == n_cols,
+            "pack_panels: gamma has {} values, the vectors {n_cols}",
+            norm.gamma.len()
+        );
+        aligned("pack_panels", "gamma", norm.gamma, n_cols)?;
+        (gamma, eps) = (norm.gamma.as_ptr(), norm.eps);
+    }
+    (to.n_tokens, to.n_cols) = (n_tokens, n_cols);
+    let config = launch_1d(n_tokens, panels::BLOCK_DIM)?;
+    let arguments = (x.as_ptr(), gamma, dim(n_cols)?, eps, to.as_ref()?);
+    // SAFETY: the lengths are checked, and the panels are as many as the vectors need.
+    unsafe { device.launch(&panels::PACK_PANELS, config, arguments) }
+}
+
+/// Where the products of many tokens go; rows of `y` are one token's values, the matrix's rows, filled up to a multiple of 4.
+#[derive(Debug)]
+pub enum ManyOutput<'a> {
+    /// `y = W x`: `[n_tokens, n_rows]`.
+    Set(&'a mut Buffer<f32>),
+    /// `y += W x`.
+    Add(&'a mut Buffer<f32>),
+    /// `y = silu(G x) * (U x)` of a matrix that has `G` above `U`, in [`Order::Halves`]: `[n_tokens, n_rows / 2]`.
+    Swiglu(&'a mut Buffer<f32>),
+}
+
+/// The product of a matrix with each of the vectors in `x`.
+///
+/// # Errors
+/// When the vectors have not `weights.n_cols()` values, the rows are not in the order that the output takes, `y` is too
+/// short, or the launch fails.
+pub fn gemm(device: &Device, weights: &Matrix, x: &Panels, output: ManyOutput) -> Result<()> {
+    let (order, n_rows) = (weights.order(), weights.n_rows());
+    let (kind, n_out, y) = match output {
+        ManyOutput::Set(y) => (OutputKind::Store, n_rows, y),
+        ManyOutput::Add(y) => (OutputKind::Add, n_rows, y),
+        ManyOutput::Swiglu(y) => (OutputKind::Swiglu, n_rows / 2, y),
+    };
+    match kind {
+        OutputKind::Swiglu => ensure!(
+            order.order == Order::Halves as u32,
+            "gemm: gate and up must be one matrix in halves, found {order:?}"
+        ),
+        _ => ensure!(order == RowOrder::NATURAL, "gemm: rows must be in natural order, found {order:?}"),
+    }
+    let stride = n_out.next_multiple_of(4);
+    aligned("gemm", "y", y, x.n_tokens * stride)?;
+    let output =
+        kernels::Output { kind: kind as u32, stride: dim(stride)?, y: y.as_mut_ptr(), qkv: Qkv::NOTHING };
+    launch(device, [weights, weights, weights], 1, x, output)
+}
+
+/// Queries of many tokens, rotated, into `q`, `[n_tokens, n_head * head_dim]`; their keys, rotated, and values into the
+/// cache at the steps' positions.
+///
+/// `steps` and `rotation` are what [`embed`](super::embed) has taken and left for the tokens. The positions are in device
+/// memory: whoever writes them keeps them below the cache's `n_ctx`.
+///
+/// # Errors
+/// When a shape does not fit the others or the launch fails.
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
+pub fn gemm_qkv(
+    device: &Device,
+    weights: QkvWeights,
+    x: &Panels,
+    rope: &Rope,
+    rotation: &Buffer<[f32; 2]>,
+    steps: &Buffer<Step>,
+    q: &mut Buffer<f32>,
+    cache: &mut KvLayer,
+) -> Result<()> {
+    check_qkv("gemm_qkv", weights, rope, cache)?;
+    let n_q = weights.matrices[0].n_rows();
+    at_least("gemm_qkv", "q", q, x.n_tokens * n_q)?;
+    at_least("gemm_qkv", "rotation", rotation, x.n_tokens * rope.frequencies.len())?;
+    at_least("gemm_qkv", "steps", steps, x.n_tokens)?;
+    let output = kernels::Output {
+        kind: OutputKind::Qkv as u32,
+        stride: dim(n_q)?,
+        y: ptr::null_mut(),
+        qkv: qkv_output(weights, rope, rotation, steps, q, cache)?,
+    };
+    launch(device, weights.matrices, 3, x, output)
+}
+
+type GemmKernel = Kernel<(MatrixRef, MatrixRef, MatrixRef, panels::Panels, Shape, kernels::Output)>;
+
+/// A kernel, with the sums that its lanes have.
+struct Tiling {
+    kernel: &'static GemmKernel,
+    sums: usize,
+    is_exact: bool,
+}
+
+/// What there is to choose from.
+const TILINGS: [Tiling; 4] = [
+    Tiling { kernel: &kernels::tokens_256::GEMM, sums: kernels::tokens_256::SUMS, is_exact: false },
+    Tiling { kernel: &kernels::tokens_128::GEMM, sums: kernels::tokens_128::SUMS, is_exact: false },
+    Tiling { kernel: &kernels::tokens_64::GEMM, sums: kernels::tokens_64::SUMS, is_exact: false },
+    Tiling { kernel: &kernels::exact::GEMM, sums: kernels::exact::SUMS, is_exact: true },
+];
+
+/// What a tile costs beside its tokens, in tokens: dequantizing its rows.
+const TILE_COST: usize = 48;
+
+impl Tiling {
+    /// Places for activations, as many as fit beside each other; `None` where two do not.
+    fn stages(&self, device: &Device) -> Option<usize> {
+        let fits = |&stages: &usize| {
+            4 * kernels::shared_words(self.sums, self.is_exact, stages) <= device.shared_bytes() as usize
+        };
+        (2..=MAX_STAGES).rev().find(fits)
+    }
+
+    /// How long the blocks take one after the other, in tokens of a tile.
+    fn cost(&self, device: &Device, row_tiles: usize, n_tokens: usize) -> usize {
+        let tokens = kernels::tile_tokens(self.sums);
+        let blocks = row_tiles * n_tokens.div_ceil(tokens);
+        blocks.div_ceil(device.multiprocessors() as usize) * (tokens + TILE_COST)
+    }
+}
+
+fn launch(
+    device: &Device,
+    matrices: [&Matrix; 3],
+    n_parts: usize,
+    x: &Panels,
+    output: kernels::Output,
+) -> Result<()> {
+    ensure!(x.n_tokens > 0, "gemm: nothing was packed into the panels");
+    for matrix in matrices {
+        ensure!(
+            matrix.n_cols() == x.n_cols,
+            "gemm: the matrix is {} x {}, the vectors have {} values",
+            matrix.n_rows(),
+            matrix.n_cols(),
+            x.n_cols
+        );
+    }
+    let row_tiles = matrices[..n_parts].iter().map(|matrix| matrix.n_quads().div_ceil(BLOCK_QUADS)).sum();
+    let possible = TILINGS.iter().filter(|tiling| tiling.is_exact == x.low.is_some());
+    let possible = possible.filter_map(|tiling| Some((tiling, tiling.stages(device)?)));
+    let (tiling, stages) =
+        possible.min_by_key(|(tiling, _)| tiling.cost(device, row_tiles, x.n_tokens)).with_context(|| {
+            format!("gemm: {} bytes of shared memory do not hold a tile", device.shared_bytes())
+        })?;
+    let token_tiles = x.n_tokens.div_ceil(kernels::tile_tokens(tiling.sums));
+    let shape = Shape {
+        n_parts: n_parts as u32,
+        n_tokens: dim(x.n_tokens)?,
+        token_tiles: dim(token_tiles)?,
+        stages: stages as u32,
+    };
+    let mut config: LaunchConfig = launch_1d(row_tiles * token_tiles, BLOCK_DIM)?;
+    config.dynamic_shared_bytes = 4 * kernels::shared_words(tiling.sums, tiling.is_exact, stages) as u32;
+    let [first, second, third] = matrices;
+    let arguments = (first.as_ref()?, second.as_ref()?, third.as_ref()?, x.as_ref()?, shape, output);
+    // SAFETY: the matrices and panels are whole by construction, the lengths are checked, the grid covers all tiles.
+    unsafe { device.launch(tiling.kernel, config, arguments) }
+}
