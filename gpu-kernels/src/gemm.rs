@@ -12,7 +12,7 @@
 //! Bytes moved: the matrix once for each tile of tokens (from the L2 cache but for the first one), the activations once
 //! for every 128 rows, from the L2 cache.
 
-use crate::formats::tile::{DeviceTile, TILE_ROWS, TILE_UNITS};
+use crate::formats::tile::{DeviceTile, Fetched, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
@@ -177,32 +177,41 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
 
     // SAFETY: the quad is one of the matrix's.
     let tiles = unsafe { matrix.tiles.add(quad as usize * matrix.quad_bytes as usize) };
-    // The unit of row `row` of the quad that this lane takes in a group. Beyond the last one it is that again, times zeros.
-    let unit = |number: usize, row: usize| {
+    // The place of the unit that this lane takes of a group, and its tile. Beyond the last one it is that again, times
+    // zeros.
+    let place = |number: usize, row: usize| {
         let unit = (number * GROUP_UNITS + member as usize).min(n_units - 1);
         let tile = unit / TILE_UNITS;
-        let place =
-            Place { n_units: TILE_UNITS.min(n_units - tile * TILE_UNITS), row, unit: unit % TILE_UNITS };
+        let n_units = TILE_UNITS.min(n_units - tile * TILE_UNITS);
         // SAFETY: the tile is one of the quad's.
-        F::unpack(unsafe { DeviceTile::at(tiles.add(tile * matrix.tile_bytes as usize)) }, place)
+        let source = unsafe { DeviceTile::at(tiles.add(tile * matrix.tile_bytes as usize)) };
+        (source, Place { n_units, row, unit: unit % TILE_UNITS })
     };
     // Rows 0 and 2 of the quad, or 1 and 3.
-    let row = group as usize % 2;
+    let rows = [group as usize % 2, group as usize % 2 + 2];
     // Those of the next group are on their way while this one is worked on, unless they would take too many registers.
     let is_small = const { size_of::<F::Unit>() <= 48 };
+    let fetch = |number: usize| {
+        rows.map(|row| {
+            let (tile, place) = place(number, row);
+            Fetched::fetch::<F>(tile, place)
+        })
+    };
     let mut sums = [0.0f32; SUMS];
-    let mut next = if is_small { Some((unit(0, row), unit(0, row + 2))) } else { None };
+    let mut fetched = if is_small { Some(fetch(0)) } else { None };
     let mut panel = 0;
     for number in 0..n_groups as usize {
-        let ([first, first_low], [second, second_low]) = match next {
-            Some((a, b)) => (fragments::<_, EXACT>(&a), fragments::<_, EXACT>(&b)),
-            None => {
-                (fragments::<_, EXACT>(&unit(number, row)), fragments::<_, EXACT>(&unit(number, row + 2)))
+        let unit = |i: usize| {
+            let (tile, place) = place(number, rows[i]);
+            match &fetched {
+                Some(fetched) => fetched[i].unpack::<F>(place),
+                None => F::unpack(tile, place),
             }
         };
+        let [first, first_low] = fragments::<_, EXACT>(&unit(0));
+        let [second, second_low] = fragments::<_, EXACT>(&unit(1));
         if is_small {
-            let ahead = (number + 1).min(n_groups as usize - 1);
-            next = Some((unit(ahead, row), unit(ahead, row + 2)));
+            fetched = Some(fetch((number + 1).min(n_groups as usize - 1)));
         }
         for half in 0..GROUP_PANELS {
             copies.wait();

@@ -81,8 +81,9 @@ fn gemm_matches_f64() {
                 );
                 let (exact, size) = products(&weights, &widen(&x), n_cols, stride);
                 let (twin, _) = products(&rounded(&weights), &rounded(&widen(&x)), n_cols, stride);
-                // Two numbers of eight bits each hold 16 of a value; the fast path adds up its products exactly.
-                for (is_exact, expected, tolerance) in [(false, &twin, 2e-6), (true, &exact, 8e-6)] {
+                // Two numbers of eight bits each hold 16 of a value. On the fast path a weight that is in the middle between
+                // two of eight bits may go to the other one.
+                for (is_exact, expected, tolerance) in [(false, &twin, 2e-5), (true, &exact, 8e-6)] {
                     let panels = packed(device, &x, n_tokens, n_cols, None, is_exact);
                     let mut y = Guarded::holding(device, &vec![0.0; n_tokens * stride]);
                     ops::gemm(device, &matrix, &panels, ManyOutput::Set(&mut y.buffer)).unwrap();

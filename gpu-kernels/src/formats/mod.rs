@@ -25,8 +25,7 @@ pub use q8_0::Q8_0;
 
 use crate::activations::Q8_1Unit;
 use cuda_std::float::mul_add;
-use cuda_std::intrinsics::dp4a;
-use cuda_std::intrinsics::{dp4a_nibbles, dp4a_sum};
+use cuda_std::intrinsics::{byte_as_mantissa, byte_below_exponent, dp4a, dp4a_nibbles, dp4a_sum};
 use tile::{TILE_ROWS, TileSource};
 
 /// Columns in a unit: what a lane works on at a time, and as many as a Q8_1 block has.
@@ -149,10 +148,27 @@ pub struct NibbleUnit {
 }
 
 impl WeightUnit for NibbleUnit {
+    /// A nibble `q` becomes the number `16 + q`, whose mantissa starts with it; what is too much is subtracted with the
+    /// minimum.
     #[inline(always)]
     fn dequantize(&self) -> [f32; UNIT] {
-        let words = unpack_nibbles(self.nibbles);
-        core::array::from_fn(|i| self.scale * (words[i / 4] >> (8 * (i % 4)) & 15) as f32 - self.min)
+        const NIBBLES: u32 = 0x7878_7878;
+        const LEADING_ONES: u32 = 0x8080_8080;
+        // Written out, since an index that is not constant would put the words into local memory.
+        let low = self.nibbles.map(|word| word << 3 & NIBBLES | LEADING_ONES);
+        let high = self.nibbles.map(|word| word >> 1 & NIBBLES | LEADING_ONES);
+        let offset = mul_add(-16.0, self.scale, -self.min);
+        let mut weights = [0.0; UNIT];
+        let mut i = 0;
+        while i < UNIT / 2 {
+            let weight = |words: [u32; 4]| {
+                mul_add(self.scale, byte_below_exponent(words[i / 4], i as u32 % 4, 0x41), offset)
+            };
+            weights[i] = weight(low);
+            weights[i + UNIT / 2] = weight(high);
+            i += 1;
+        }
+        weights
     }
 
     /// `scale * d8 * dot(q, q8) - min * d8 * sum(q8)`.
@@ -173,12 +189,28 @@ pub struct IntegerUnit<const OFFSET: i32, const SCALES: usize> {
 }
 
 impl<const OFFSET: i32, const SCALES: usize> WeightUnit for IntegerUnit<OFFSET, SCALES> {
+    /// An integer becomes a number whose mantissa holds it: `64 + q` where it is below 64, `2^23 + 128 + q` where it has a
+    /// sign. What is too much is subtracted.
     #[inline(always)]
     fn dequantize(&self) -> [f32; UNIT] {
-        core::array::from_fn(|i| {
-            let q = (self.quants[i / 4] >> (8 * (i % 4))) as i8;
-            self.scales[i * SCALES / UNIT] * (i32::from(q) - OFFSET) as f32
-        })
+        const LEADING_ONES: u32 = 0x8080_8080;
+        let words = self.quants.map(|word| {
+            if OFFSET == 0 { word as u32 ^ LEADING_ONES } else { (word as u32) << 1 | LEADING_ONES }
+        });
+        let mut weights = [0.0; UNIT];
+        let mut i = 0;
+        while i < UNIT {
+            let (word, byte) = (words[i / 4], i as u32 % 4);
+            let scale = self.scales[i * SCALES / UNIT];
+            let q = if OFFSET == 0 {
+                byte_as_mantissa(word, byte, 0x4b) - 8_388_736.0
+            } else {
+                byte_below_exponent(word, byte, 0x42) - (64 + OFFSET) as f32
+            };
+            weights[i] = scale * q;
+            i += 1;
+        }
+        weights
     }
 
     /// `scale * d8 * dot(q - OFFSET, q8)` for each scale.
@@ -256,12 +288,6 @@ fn pack_nibbles(weight: impl Fn(usize) -> u8) -> [u32; 4] {
         let byte = |i: usize| u32::from(weight(4 * word + i) | weight(4 * word + i + 16) << 4);
         byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24
     })
-}
-
-/// The nibbles of 16 bytes as eight words of four bytes, in order of the weights.
-#[inline(always)]
-fn unpack_nibbles(words: [u32; 4]) -> [i32; UNIT_WORDS] {
-    core::array::from_fn(|i| ((words[i % 4] >> (4 * (i / 4))) & 0x0f0f_0f0f) as i32)
 }
 
 macro_rules! define_format {

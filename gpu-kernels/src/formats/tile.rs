@@ -5,7 +5,8 @@
 //! lane on one unit of each of the four rows: so the activations are read once for four rows, and a tile of Q4_K
 //! is 2,304 consecutive bytes to stream.
 
-use super::WeightFormat;
+use super::{Place, WeightFormat};
+use core::cell::Cell;
 use cuda_std::memory::{ld_stream_u16, ld_stream_u32, ld_stream_u32x2, ld_stream_u32x4};
 use cuda_std::shared::DynamicShared;
 
@@ -150,5 +151,110 @@ impl TileSource for DeviceTile {
     fn u32x4(self, offset: usize) -> [u32; 4] {
         // SAFETY: inside the tile, by the promise of `at`.
         unsafe { ld_stream_u32x4(self.start.add(offset).cast()) }
+    }
+}
+
+/// Most words of a unit that [`Fetched`] has room for: all formats but those of floating-point numbers.
+pub const FETCHED_WORDS: usize = 12;
+
+/// A unit on its way from device memory: what its format reads of the tile, word by word, none of it looked at yet. So
+/// what is done between [`fetch`](Self::fetch) and [`unpack`](Self::unpack) does not wait for memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetched {
+    words: [u32; FETCHED_WORDS],
+}
+
+impl Fetched {
+    /// Asks for the unit at `place` of `tile`. A format reads the same words in the same order, whatever they hold.
+    #[inline(always)]
+    pub fn fetch<F: WeightFormat>(tile: DeviceTile, place: Place) -> Self {
+        let words = [const { Cell::new(0) }; FETCHED_WORDS];
+        let n = Cell::new(0);
+        // What it makes of them is of no interest: the compiler leaves it out.
+        let _ = F::unpack(Recorder { tile, words: &words, n: &n }, place);
+        Self { words: words.map(|word| word.get()) }
+    }
+
+    /// The unit, of the same format and place.
+    #[inline(always)]
+    pub fn unpack<F: WeightFormat>(self, place: Place) -> F::Unit {
+        F::unpack(Replay { words: &self.words, n: &Cell::new(0) }, place)
+    }
+}
+
+/// Keeps what is read.
+#[derive(Clone, Copy)]
+struct Recorder<'a> {
+    tile: DeviceTile,
+    words: &'a [Cell<u32>; FETCHED_WORDS],
+    n: &'a Cell<usize>,
+}
+
+impl Recorder<'_> {
+    #[inline(always)]
+    fn keep(self, word: u32) -> u32 {
+        let n = self.n.replace(self.n.get() + 1);
+        self.words[n].set(word);
+        word
+    }
+}
+
+impl TileSource for Recorder<'_> {
+    #[inline(always)]
+    fn u16(self, offset: usize) -> u16 {
+        self.keep(self.tile.u16(offset).into()) as u16
+    }
+
+    #[inline(always)]
+    fn u32(self, offset: usize) -> u32 {
+        self.keep(self.tile.u32(offset))
+    }
+
+    #[inline(always)]
+    fn u32x2(self, offset: usize) -> [u32; 2] {
+        let [a, b] = self.tile.u32x2(offset);
+        [self.keep(a), self.keep(b)]
+    }
+
+    #[inline(always)]
+    fn u32x4(self, offset: usize) -> [u32; 4] {
+        let [a, b, c, d] = self.tile.u32x4(offset);
+        [self.keep(a), self.keep(b), self.keep(c), self.keep(d)]
+    }
+}
+
+/// Gives what was kept.
+#[derive(Clone, Copy)]
+struct Replay<'a> {
+    words: &'a [u32; FETCHED_WORDS],
+    n: &'a Cell<usize>,
+}
+
+impl Replay<'_> {
+    #[inline(always)]
+    fn next(self) -> u32 {
+        self.words[self.n.replace(self.n.get() + 1)]
+    }
+}
+
+impl TileSource for Replay<'_> {
+    #[inline(always)]
+    fn u16(self, _offset: usize) -> u16 {
+        self.next() as u16
+    }
+
+    #[inline(always)]
+    fn u32(self, _offset: usize) -> u32 {
+        self.next()
+    }
+
+    #[inline(always)]
+    fn u32x2(self, _offset: usize) -> [u32; 2] {
+        [self.next(), self.next()]
+    }
+
+    #[inline(always)]
+    fn u32x4(self, _offset: usize) -> [u32; 4] {
+        [self.next(), self.next(), self.next(), self.next()]
     }
 }
