@@ -31,6 +31,10 @@ const PERPLEXITY: f64 = 0.02;
 const CLEAR_MARGIN: f64 = 1.0;
 /// On the exact path, max |dNLL| between the CPU and a GPU.
 const DEVICES_MAX: f64 = 0.02;
+/// On the exact path, max |dNLL| between ids that go through one by one and several at once.
+const BATCHES_MAX: f64 = 0.02;
+/// Ids at once: all of a text, some, and one, which are other kernels.
+const BATCHES: [usize; 3] = [1, 7, 512];
 
 fn bounds(architecture: &str) -> Bounds {
     match architecture {
@@ -89,13 +93,17 @@ fn check_text(model: &Model, name: &str, golden: &Value, limit: usize, exact: bo
     comparison
 }
 
-/// All texts on both paths on one device; returns the exact path's nlls.
+/// All texts on both paths on one device, ids one by one and several at once; returns the exact path's nlls.
 fn check_model(device: &Device, gguf: &Gguf, limit: impl Fn(&str, Activations) -> usize) -> Vec<f64> {
     let bounds = bounds(gguf.require::<&str>("general.architecture").unwrap());
     let golden: Value = serde_json::from_str(bounds.golden).unwrap();
-    let evaluate = |activations| {
-        println!("{} with {activations:?} activations on {}", gguf.file().display(), device.describe());
-        let options = ModelOptions { activations, ..ModelOptions::default() };
+    let evaluate = |activations, n_batch| {
+        println!(
+            "{} with {activations:?} activations, {n_batch} at once, on {}",
+            gguf.file().display(),
+            device.describe()
+        );
+        let options = ModelOptions { activations, n_batch: Some(n_batch), ..ModelOptions::default() };
         let model = Model::load(device.clone(), gguf, &options, &mut |_, _| {}).unwrap();
         let mut all = Comparison::default();
         for (name, text) in
@@ -109,9 +117,19 @@ fn check_model(device: &Device, gguf: &Gguf, limit: impl Fn(&str, Activations) -
         println!("  all texts, {} positions: mean |dNLL| {:.5}", all.found.len(), all.mean());
         all
     };
-    let fast = evaluate(Activations::Q8_1).mean();
-    assert!(fast <= bounds.q8_1_mean, "Q8_1: mean |dNLL| {fast} is over {}", bounds.q8_1_mean);
-    evaluate(Activations::F32).found
+    for n_batch in [BATCHES[0], BATCHES[2]] {
+        let fast = evaluate(Activations::Q8_1, n_batch).mean();
+        assert!(fast <= bounds.q8_1_mean, "Q8_1: mean |dNLL| {fast} is over {}", bounds.q8_1_mean);
+    }
+    let exact = BATCHES.map(|n_batch| evaluate(Activations::F32, n_batch).found);
+    for (n_batch, found) in BATCHES.iter().zip(&exact).skip(1) {
+        let pairs = found.iter().zip(&exact[0]);
+        let worst = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        println!("{n_batch} at once and one by one, exact path: max |dNLL| {worst:.5}");
+        assert!(worst <= BATCHES_MAX, "{n_batch} at once differ from one by one by {worst}");
+    }
+    let [one_by_one, ..] = exact;
+    one_by_one
 }
 
 /// The exact path on every device, against each other.

@@ -9,8 +9,8 @@ use gpu_kernels::step::Step;
 use host::device::Device;
 use host::gguf::{GgmlType, Gguf};
 use host::model::{
-    Activations, Buffers, FfnBuffers, Fusion, Halt, Model, ModelOptions, Op, Point, Probe, Session, ffn,
-    layer,
+    Activations, Buffers, FfnBuffers, Fusion, Halt, Model, ModelOptions, Op, Point, Probe, Session, Tokens,
+    ffn, layer,
 };
 use host::ops::{self, KvLayer};
 use made_up::{K_QUANTS, LLAMA, MIXED, MadeUp, QWEN2, SHAPES, Shape};
@@ -257,13 +257,14 @@ fn a_layer_on_device_buffers_matches_f64() {
             let mut buffers = Buffers::alloc(device, model.config()).unwrap();
             let mut cache = KvLayer::alloc(device, shape.n_head_kv, 4, shape.head_dim).unwrap();
             let mut run = |x: &[f32], position, probe| {
-                device.upload(&mut buffers.step, &[Step { token: 0, position }]).unwrap();
+                device.upload(&mut buffers.steps, &[Step { token: 0, position }]).unwrap();
                 // Leaves the angles of the position, and an embedding that is not wanted here.
-                let Buffers { step, rotation, x: hidden, .. } = &mut buffers;
+                let Buffers { steps, rotation, x: hidden, .. } = &mut buffers;
                 let (token_embd, rope) = (&model.weights().token_embd, &model.settings().rope);
-                ops::embed(device, token_embd, step, 1, rope, hidden, rotation).unwrap();
+                ops::embed(device, token_embd, steps, 1, rope, hidden, rotation).unwrap();
                 device.upload(&mut buffers.x, x).unwrap();
-                layer(device, weights, model.settings(), &mut cache, &mut buffers, index, probe)?;
+                let tokens = Tokens::One;
+                layer(device, weights, model.settings(), &mut cache, &mut buffers, tokens, index, probe)?;
                 Ok::<_, Halt>(device.to_vec(&buffers.x).unwrap())
             };
             let mut reference = Reference::new(&made_up);
@@ -341,7 +342,8 @@ fn a_truncated_session_goes_on_as_if_it_had_never_been_longer() {
             for activations in [Activations::F32, Activations::Q8_1] {
                 let model = load(device, &made_up, activations);
                 let mut session = model.session().unwrap();
-                session.feed(&PROMPT).unwrap();
+                session.feed(&PROMPT[..2]).unwrap();
+                session.feed(&PROMPT[2..]).unwrap();
                 session.truncate(2);
                 assert_eq!(session.position(), 2);
                 session.feed(&[5, 1]).unwrap();
@@ -364,21 +366,58 @@ fn a_truncated_session_goes_on_as_if_it_had_never_been_longer() {
     }
 }
 
+/// Twelve tokens: at once, in pieces of several sizes, some of them too small to go through at once, and one by one.
 #[test]
 fn a_prompt_gives_the_same_logits_at_once_and_token_by_token() {
+    let prompt = [PROMPT, PROMPT].concat();
     for made_up in SHAPES.map(MadeUp::new) {
         for device in devices() {
             for activations in [Activations::F32, Activations::Q8_1] {
-                let model = load(device, &made_up, activations);
-                let [mut at_once, mut one_by_one] = [(); 2].map(|()| model.session().unwrap());
-                at_once.feed(&PROMPT).unwrap();
-                for token in PROMPT {
-                    // A look at an operation leaves no trace, also where other tokens would follow.
-                    one_by_one.run_until(1, Point { op: Op::FfnOutput, layer: 0 }).unwrap();
-                    one_by_one.feed(&[token]).unwrap();
+                let run = |n_batch: usize, look: bool| {
+                    let options =
+                        ModelOptions { activations, n_batch: Some(n_batch), ..ModelOptions::default() };
+                    let model = load_with(device, &made_up.gguf, &options).unwrap();
+                    let mut session = model.session().unwrap();
+                    let mut all = Vec::new();
+                    for chunk in prompt.chunks(n_batch) {
+                        if look {
+                            // A look at an operation leaves no trace, also where other tokens would follow.
+                            session.run_until(1, Point { op: Op::FfnOutput, layer: 0 }).unwrap();
+                        }
+                        let before = session.position();
+                        let keep = |i: usize, logits: &[f32]| {
+                            assert_eq!(before + i, all.len() / made_up.shape.n_vocab);
+                            all.extend_from_slice(logits);
+                            Ok(())
+                        };
+                        session.feed_watched(chunk, keep).unwrap();
+                        assert_eq!(session.position(), before + chunk.len());
+                    }
+                    // The last one's logits are those that a session keeps.
+                    let mut fed = model.session().unwrap();
+                    fed.feed(&prompt).unwrap();
+                    (all, logits(&mut fed))
+                };
+                let (one_by_one, last_one) = run(1, true);
+                for n_batch in [4, 5, 7, 12, 64] {
+                    let what = format!("{}, {n_batch} at a time, {}", made_up.shape.what, device.describe());
+                    let (found, last) = run(n_batch, false);
+                    let n_vocab = made_up.shape.n_vocab;
+                    for (found, wanted) in [
+                        (&found, &one_by_one),
+                        (&last, &last_one),
+                        (&last, &found[found.len() - n_vocab..].to_vec()),
+                    ] {
+                        let wanted = widened(wanted);
+                        match activations {
+                            Activations::F32 => assert_close(found, &wanted, RUN, largest(&wanted), &what),
+                            Activations::Q8_1 => {
+                                let error = nmse(found, &wanted);
+                                assert!(error <= Q8_1_RUN, "{what}: NMSE {error:e}");
+                            }
+                        }
+                    }
                 }
-                assert_eq!(at_once.position(), one_by_one.position());
-                assert_eq!(logits(&mut at_once), logits(&mut one_by_one), "{}", made_up.shape.what);
             }
         }
     }

@@ -57,20 +57,30 @@ pub fn aligned_start(memory: DynamicShared<u32>) -> u32 {
 }
 
 /// `sums += a * b` of a warp's 16 rows and the panel's rows, twice as many as `sums` has elements; `a` is one step of 16
-/// columns after the other.
+/// columns after the other. Of the result only the first `wanted` columns are wanted: the others may be anything, which saves
+/// the emulator their time.
 ///
 /// All lanes of the warp take part, and from compute capability 9.0 on the other warps of its four as well (counted from
 /// a multiple of four), with the same panel: there it is `wgmma`, before that `mma.sync`. `SUMS` is 32, 64 or 128.
 #[inline(always)]
-pub fn multiply_add<const SUMS: usize>(sums: &mut [f32; SUMS], a: [[u32; 4]; PANEL_STEPS], b: Panel) {
+pub fn multiply_add<const SUMS: usize>(
+    sums: &mut [f32; SUMS],
+    a: [[u32; 4]; PANEL_STEPS],
+    b: Panel,
+    wanted: u32,
+) {
     const { assert!(SUMS == 32 || SUMS == 64 || SUMS == 128) };
     cfg_select! {
         all(target_arch = "nvptx64", cuda_sm_90a) => {
+            let _ = wanted;
             // SAFETY: the tensor cores read the panel, and nothing else; the result is there when they are waited for.
             unsafe { warpgroup::multiply_add(sums, a, b) }
         }
-        target_arch = "nvptx64" => warp::multiply_add(sums, a, b),
-        _ => emulated::multiply_add(sums, a, b),
+        target_arch = "nvptx64" => {
+            let _ = wanted;
+            warp::multiply_add(sums, a, b);
+        }
+        _ => emulated::multiply_add(sums, a, b, wanted),
     }
 }
 
@@ -238,6 +248,7 @@ mod emulated {
         sums: *mut f32,
         a: [[u32; 4]; PANEL_STEPS],
         panel: Panel,
+        wanted: u32,
     }
 
     struct MultiplyAdd<const SUMS: usize>;
@@ -246,8 +257,9 @@ mod emulated {
         sums: &mut [f32; SUMS],
         a: [[u32; 4]; PANEL_STEPS],
         panel: Panel,
+        wanted: u32,
     ) {
-        collective::<MultiplyAdd<SUMS>>(FULL_MASK, 0, Operand { sums: sums.as_mut_ptr(), a, panel });
+        collective::<MultiplyAdd<SUMS>>(FULL_MASK, 0, Operand { sums: sums.as_mut_ptr(), a, panel, wanted });
     }
 
     impl<const SUMS: usize> Collective for MultiplyAdd<SUMS> {
@@ -269,8 +281,8 @@ mod emulated {
                     }
                 }
             }
-            let Some(panel) = operands.iter().flatten().map(|operand| operand.panel).next() else { return };
-            for column in 0..2 * SUMS {
+            let Some(&Operand { panel, wanted, .. }) = operands.iter().flatten().next() else { return };
+            for column in 0..(wanted as usize).min(2 * SUMS) {
                 let mut b = [0.0f32; PANEL_DEPTH];
                 let start = panel.start as usize + column * PANEL_ROW_WORDS;
                 for piece in 0..PANEL_DEPTH / 8 {

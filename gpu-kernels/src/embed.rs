@@ -22,7 +22,7 @@ pub const BLOCK_DIM: usize = 64;
 /// # Parameters
 /// - `weights`: `[n_vocab, n_embd]`
 /// - `steps`: `[n_tokens]`, hold token and position
-/// - `out`: `[n_tokens, n_embd]`
+/// - `out`: `[n_tokens, stride]`, of which `n_embd` are written
 /// - `frequencies`: `[n_pairs]`, radians per position
 /// - `rotation`: `[n_tokens, n_pairs]`, cosine and sine, both times `magnitude`
 ///
@@ -35,6 +35,7 @@ pub unsafe fn embed(
     steps: *const Step,
     out: *mut f32,
     n_embd: u32,
+    stride: u32,
     frequencies: *const f64,
     rotation: *mut [f32; 2],
     n_pairs: u32,
@@ -76,7 +77,7 @@ pub unsafe fn embed(
     for (i, value) in values.into_iter().enumerate() {
         if index * UNIT + i < n_embd {
             // SAFETY: the column is inside `out`, and this thread's own.
-            unsafe { *out.add(number * n_embd + index * UNIT + i) = value };
+            unsafe { *out.add(number * stride as usize + index * UNIT + i) = value };
         }
     }
 }

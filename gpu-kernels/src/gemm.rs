@@ -150,7 +150,8 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
     let (group, member) = (lane_id() / 4, lane_id() % 4);
     let (n_units, n_groups) = (panels.n_units as usize, panels.n_groups());
     let n_panels = n_groups * GROUP_PANELS as u32;
-    let bytes = (panels.n_rows - first_token).min(tile_tokens(SUMS) as u32) * ROW_BYTES as u32;
+    let wanted = (panels.n_rows - first_token).min(tile_tokens(SUMS) as u32);
+    let bytes = wanted * ROW_BYTES as u32;
     let low_at = stage_words(SUMS, false) as u32;
     let pieces = |panel: u32| {
         let offset = (panel as usize * panels.n_rows as usize + first_token as usize) * (ROW_BYTES / 16);
@@ -221,10 +222,11 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
             }
             let high = Panel::new(memory, copies.place());
             let a = operands(&first, &second, half);
-            multiply_add(&mut sums, a, high);
+            multiply_add(&mut sums, a, high, wanted);
             if EXACT {
-                multiply_add(&mut sums, a, Panel::new(memory, copies.place() + low_at));
-                multiply_add(&mut sums, operands(&first_low, &second_low, half), high);
+                let low = Panel::new(memory, copies.place() + low_at);
+                multiply_add(&mut sums, a, low, wanted);
+                multiply_add(&mut sums, operands(&first_low, &second_low, half), high, wanted);
             }
             copies.release();
             panel += 1;

@@ -81,8 +81,8 @@ pub const fn place_of(column: usize) -> [usize; 2] {
 /// The pointers are to device memory of the sizes below.
 ///
 /// # Parameters
-/// - `x`: `[n_tokens, n]`, `n` a multiple of 4, at a multiple of 16 bytes
-/// - `gamma`: `[n]`, at a multiple of 16 bytes, or null
+/// - `x`: `[n_tokens, n]`, rows filled up to a multiple of 4 values, at a multiple of 16 bytes
+/// - `gamma`: `[n]`, at a multiple of 16 bytes and readable up to one, or null
 /// - `panels`: of at least `n_tokens` rows and `n` columns; written
 ///
 /// # Thread mapping
@@ -94,14 +94,16 @@ pub unsafe fn pack_panels(x: *const f32, gamma: *const f32, n: u32, eps: f32, pa
     let (token, thread, stride) = (block_idx_x() as usize, thread_idx_x() as usize, block_dim_x() as usize);
     let n = n as usize;
     // SAFETY: the token is one of them.
-    let x = unsafe { x.add(token * n) };
-    // SAFETY: four columns from a multiple of four on are all in the vector.
+    let x = unsafe { x.add(token * n.next_multiple_of(4)) };
+    // Four columns of a vector; zeros beyond its end, whatever is there.
     let four = |from: *const f32, column: usize| -> [f32; 4] {
-        if column < n {
-            unsafe { ld_global_u32x4(from.add(column).cast()) }.map(f32::from_bits)
-        } else {
-            [0.0; 4]
+        if column >= n {
+            return [0.0; 4];
         }
+        // SAFETY: the vector is filled up to a multiple of four values.
+        let [a, b, c, d] = unsafe { ld_global_u32x4(from.add(column).cast()) }.map(f32::from_bits);
+        let keep = |i: usize, value: f32| if column + i < n { value } else { 0.0 };
+        [a, keep(1, b), keep(2, c), keep(3, d)]
     };
     let mut scale = 1.0;
     if !gamma.is_null() {

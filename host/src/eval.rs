@@ -13,25 +13,29 @@ pub struct Evaluation {
     pub argmax: Vec<u32>,
 }
 
-/// Evaluates `ids` from where the session stands. `progress` is called with the number of positions done.
+/// Evaluates `ids` from where the session stands, as many at once as the model's `n_batch` says. `progress` is called with
+/// the number of positions done.
 ///
 /// # Errors
 /// When there are no ids, an id is not in the vocabulary, the context has no room, or the device fails.
 pub fn evaluate(session: &mut Session, ids: &[u32], mut progress: impl FnMut(usize)) -> Result<Evaluation> {
     ensure!(!ids.is_empty(), "there are no token ids to evaluate");
-    session.check(ids)?;
     let mut evaluation = Evaluation::default();
-    let mut logits = Vec::new();
-    for (i, &id) in ids.iter().enumerate() {
-        session.feed(&[id])?;
-        session.logits(&mut logits)?;
-        evaluation.argmax.push(session.greedy()?);
+    session.feed_watched(ids, |i, logits| {
+        evaluation.argmax.push(argmax(logits));
         if let Some(&next) = ids.get(i + 1) {
-            evaluation.nll.push(nll(&logits, next));
+            evaluation.nll.push(nll(logits, next));
         }
         progress(i + 1);
-    }
+        Ok(())
+    })?;
     Ok(evaluation)
+}
+
+/// The first of the largest logits.
+fn argmax(logits: &[f32]) -> u32 {
+    let largest = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+    (0..logits.len()).reduce(largest).unwrap_or(0) as u32
 }
 
 /// `-ln softmax(logits)[token]`, in f64.

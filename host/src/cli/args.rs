@@ -103,6 +103,10 @@ pub(crate) struct RunArgs {
     /// Room for N tokens of context
     #[arg(long, value_name = "N")]
     pub(crate) ctx: Option<usize>,
+
+    /// Run N tokens of a prompt at once [default: 512, on the CPU 64]
+    #[arg(long, value_name = "N")]
+    pub(crate) batch: Option<usize>,
 }
 
 impl RunArgs {
@@ -112,6 +116,7 @@ impl RunArgs {
             activations: self.activations.into(),
             fusion: if self.unfused { Fusion::Unfused } else { Fusion::Fused },
             n_ctx: self.ctx.or(n_ctx),
+            n_batch: self.batch,
         }
     }
 }

@@ -10,9 +10,6 @@ use host::tokenizer::{Tokenizer, Utf8Stream};
 use super::args::SamplingArgs;
 use super::status;
 
-/// Prompt tokens that run between two looks at Ctrl-C.
-const PROMPT_PIECE: usize = 64;
-
 /// Steps that the device is ahead of what is shown.
 const AHEAD: usize = 1;
 
@@ -20,6 +17,8 @@ const AHEAD: usize = 1;
 pub(super) struct Generator<'m> {
     session: Session<'m>,
     n_ctx: usize,
+    /// Prompt tokens that run between two looks at Ctrl-C.
+    n_batch: usize,
     tokenizer: &'m Tokenizer,
     cached: Vec<u32>,
 }
@@ -58,7 +57,7 @@ impl<'m> Generator<'m> {
         }
         let mut session = model.session()?;
         session.set_sampling(&options)?;
-        Ok(Self { session, n_ctx: model.n_ctx(), tokenizer, cached: Vec::new() })
+        Ok(Self { session, n_ctx: model.n_ctx(), n_batch: model.n_batch(), tokenizer, cached: Vec::new() })
     }
 
     /// Generates at most `limit` tokens after `prompt` and writes their text as it comes.
@@ -91,7 +90,7 @@ impl<'m> Generator<'m> {
         };
         self.cached.truncate(n_reused);
         self.session.truncate(n_reused);
-        for piece in prompt[n_reused..].chunks(PROMPT_PIECE) {
+        for piece in prompt[n_reused..].chunks(self.n_batch) {
             if interrupted() {
                 generated.stop = Stop::Interrupted;
                 return Ok(generated);

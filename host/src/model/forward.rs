@@ -1,8 +1,9 @@
-//! The forward pass of one token: a fixed sequence of launches, with nothing that waits for the device.
+//! The forward pass: a fixed sequence of launches, with nothing that waits for the device.
 //!
-//! Five kernels a layer: queries, keys and values; attention; its projection; gate and up; down. Norms, quantization,
-//! bias, rotation, cache, SwiGLU and residuals are parts of them ([`gpu_kernels::gemv`]). [`super::unfused`] does the
-//! same in one kernel per operation.
+//! One token at a time it is five kernels a layer: queries, keys and values; attention; its projection; gate and up; down.
+//! Norms, quantization, bias, rotation, cache, SwiGLU and residuals are parts of them ([`gpu_kernels::gemv`]). Many tokens
+//! at a time are the same five operations on tensor cores ([`gpu_kernels::gemm`]), and one before each product that puts its
+//! input into panels, normalised where it has to be. [`super::unfused`] does the same in one kernel per operation.
 
 use super::trace::{Halt, Op, Probe};
 use super::unfused;
@@ -10,23 +11,50 @@ use super::weights::{GateUp, Layer, Linear, Weights};
 use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
-use crate::ops::{self, AttentionWorkspace, Input, KvLayer, Norm, Output, Q8_1Vector, QkvWeights};
-use anyhow::Result;
+use crate::ops::{
+    self, AttentionWorkspace, Chunk, Input, KvLayer, ManyOutput, Matrix, Norm, Output, Panels, Q8_1Vector,
+    QkvWeights,
+};
+use anyhow::{Context as _, Result};
 use gpu_kernels::step::Step;
+
+/// What goes through the model at once.
+#[derive(Clone, Copy, Debug)]
+pub enum Tokens {
+    /// The token of the step in device memory: the host need not know it.
+    One,
+    /// Those of as many steps, whose positions follow each other.
+    Many(Chunk),
+}
+
+impl Tokens {
+    /// How many there are.
+    pub fn len(self) -> usize {
+        match self {
+            Tokens::One => 1,
+            Tokens::Many(chunk) => chunk.n_tokens,
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+}
 
 /// The feed-forward network's scratch buffers.
 #[derive(Debug)]
 pub struct FfnBuffers {
-    /// `silu(gate) * up`: `[n_ff]`.
+    /// `silu(gate) * up`: `[n_tokens, n_ff]`.
     pub(super) hidden: Buffer<f32>,
-    /// Gate and up, where they are not fused: `[2 * n_ff]`.
+    /// Gate and up, where they are not fused: `[2 * n_ff]`, of many tokens up alone: `[n_tokens, n_ff]`.
     pub(super) gate_up: Buffer<f32>,
     /// `hidden` in Q8_1, where that is a step of its own: `[n_ff]`.
     pub(super) hidden_q8: Q8_1Vector,
 }
 
 impl FfnBuffers {
-    /// Buffers for a network of this size.
+    /// Buffers for a network of this size, and one token.
     ///
     /// # Errors
     /// When the device has no room.
@@ -39,116 +67,250 @@ impl FfnBuffers {
     }
 }
 
-/// All buffers between the operations of a forward pass.
+/// All buffers between the operations of a forward pass. Of many tokens the rows of `x` and `hidden` are filled up to a
+/// multiple of four values.
 #[derive(Debug)]
 pub struct Buffers {
-    /// The token and its position.
-    pub step: Buffer<Step>,
-    /// Cosine and sine of each rotated pair's angle at the position: `[n_rot / 2]`.
+    /// The tokens and their positions: `[n_tokens]`.
+    pub steps: Buffer<Step>,
+    /// Cosine and sine of each rotated pair's angle at the positions: `[n_tokens, n_rot / 2]`.
     pub rotation: Buffer<[f32; 2]>,
-    /// The hidden state, which every layer adds to: `[n_embd]`.
+    /// The hidden state, which every layer adds to: `[n_tokens, n_embd]`.
     pub x: Buffer<f32>,
-    /// Queries: `[n_head, head_dim]`.
+    /// Queries: `[n_tokens, n_head, head_dim]`.
     pub(super) q: Buffer<f32>,
-    /// What attention's blocks leave each other.
-    pub(super) attention: AttentionWorkspace,
-    /// Attention's heads: `[n_head, head_dim]`.
+    /// Attention's heads: `[n_tokens, n_head, head_dim]`.
     pub(super) heads: Buffer<f32>,
     /// Scratch of the feed-forward network.
     pub(super) ffn: FfnBuffers,
-    /// The logits: `[n_vocab]`.
-    pub logits: Buffer<f32>,
+    /// Inputs of products for many tokens, of at most the largest of `n_embd`, `n_head * head_dim` and `n_ff` columns.
+    panels: Option<Panels>,
+    /// What attention's blocks leave each other, for one token.
+    pub(super) attention: AttentionWorkspace,
     /// What only the unfused pass needs.
     pub(super) unfused: unfused::Buffers,
 }
 
+/// Values from one token's row to the next, of many tokens.
+fn stride(n: usize) -> usize {
+    n.next_multiple_of(4)
+}
+
 impl Buffers {
-    /// Buffers for a model of these dimensions.
+    /// Buffers for a model of these dimensions, and one token.
     ///
     /// # Errors
     /// When the device has no room.
     pub fn alloc(device: &Device, config: &Config) -> Result<Self> {
         let n_q = config.n_head * config.head_dim;
         Ok(Self {
-            step: device.alloc_from(&[Step::default()])?,
+            steps: device.alloc_from(&[Step::default()])?,
             rotation: device.alloc(config.rope.n_rot / 2)?,
             x: device.alloc(config.n_embd)?,
             q: device.alloc(n_q)?,
-            attention: AttentionWorkspace::alloc(device, config.n_head, config.n_head_kv, config.head_dim)?,
             heads: device.alloc(n_q)?,
             ffn: FfnBuffers::alloc(device, config.n_ff)?,
-            logits: device.alloc(config.n_vocab)?,
+            panels: None,
+            attention: AttentionWorkspace::alloc(device, config.n_head, config.n_head_kv, config.head_dim)?,
             unfused: unfused::Buffers::alloc(device, config)?,
+        })
+    }
+
+    /// The same for `n_tokens` tokens; `gate_up` says whether some layer has gate and up apart.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub(super) fn alloc_many(
+        device: &Device,
+        config: &Config,
+        n_tokens: usize,
+        activations: Activations,
+        gate_up: bool,
+    ) -> Result<Self> {
+        let n_q = config.n_head * config.head_dim;
+        let (n_ff, widest) = (stride(config.n_ff), config.n_embd.max(n_q).max(config.n_ff));
+        Ok(Self {
+            steps: device.alloc(n_tokens)?,
+            rotation: device.alloc(n_tokens * config.rope.n_rot / 2)?,
+            x: device.alloc(n_tokens * stride(config.n_embd))?,
+            q: device.alloc(n_tokens * n_q)?,
+            heads: device.alloc(n_tokens * n_q)?,
+            ffn: FfnBuffers {
+                hidden: device.alloc(n_tokens * n_ff)?,
+                gate_up: device.alloc(if gate_up { n_tokens * n_ff } else { 0 })?,
+                hidden_q8: Q8_1Vector::alloc(device, 0)?,
+            },
+            panels: Some(Panels::alloc(device, n_tokens, widest, activations == Activations::F32)?),
+            ..Self::alloc(device, config)?
         })
     }
 }
 
-/// One token through the whole model: appends to the caches at the step's position, and leaves the logits in their
-/// buffer when `with_logits` asks for them (all but the last token of a prompt do without).
+/// Tokens through the whole model: appends to the caches at their positions, and leaves the logits of the last one in
+/// `logits` where they are wanted (all but the last chunk of a prompt do without).
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
 pub(super) fn forward(
     device: &Device,
     weights: &Weights,
     settings: &Settings,
     caches: &mut [KvLayer],
     b: &mut Buffers,
-    with_logits: bool,
+    tokens: Tokens,
+    logits: Option<&mut Buffer<f32>>,
     probe: Probe,
 ) -> Result<(), Halt> {
-    ops::embed(device, &weights.token_embd, &b.step, 1, &settings.rope, &mut b.x, &mut b.rotation)?;
+    let (token_embd, rope) = (&weights.token_embd, &settings.rope);
+    ops::embed(device, token_embd, &b.steps, tokens.len(), rope, &mut b.x, &mut b.rotation)?;
     probe.after(Op::Embed, 0, device, &b.x)?;
 
     for (i, (weights, cache)) in weights.layers.iter().zip(caches).enumerate() {
-        layer(device, weights, settings, cache, b, i, probe)?;
+        layer(device, weights, settings, cache, b, tokens, i, probe)?;
     }
 
-    if with_logits {
+    if let Some(logits) = logits {
+        let n_embd = weights.token_embd.n_cols();
+        let last = (tokens.len() - 1) * stride(n_embd);
+        let x = b.x.part(last..last + n_embd);
         match settings.fusion {
             Fusion::Fused => {
                 let norm = Norm { gamma: &weights.output_norm, eps: settings.rms_eps };
-                let x = input(settings.activations, &b.x);
-                ops::gemv(device, weights.output(), x, Some(norm), Output::Set(&mut b.logits))?;
+                let x = input(settings.activations, &x);
+                ops::gemv(device, weights.output(), x, Some(norm), Output::Set(logits))?;
             }
-            Fusion::Unfused => unfused::logits(device, weights, settings, b, probe)?,
+            Fusion::Unfused => unfused::logits(device, weights, settings, &x, &mut b.unfused, logits, probe)?,
         }
-        probe.after(Op::Logits, 0, device, &b.logits)?;
+        probe.after(Op::Logits, 0, device, logits)?;
     }
     Ok(())
 }
 
+/// The logits of tokens `range` of the many that went through the model last: `[range.len(), n_vocab]`, rows filled up to a
+/// multiple of four values.
+pub(super) fn logits_of_many(
+    device: &Device,
+    weights: &Weights,
+    settings: &Settings,
+    b: &mut Buffers,
+    range: std::ops::Range<usize>,
+    logits: &mut Buffer<f32>,
+) -> Result<()> {
+    let n_embd = weights.token_embd.n_cols();
+    let x = b.x.part(range.start * stride(n_embd)..range.end * stride(n_embd));
+    let norm = Norm { gamma: &weights.output_norm, eps: settings.rms_eps };
+    let panels = pack(device, b.panels.as_mut(), &x, range.len(), n_embd, Some(norm))?;
+    ops::gemm(device, weights.output(), panels, ManyOutput::Set(logits))
+}
+
 /// One layer: attention over its cache, then the feed-forward network, each added to the hidden state `b.x`. The
-/// step's angles must be in `b.rotation`, where [`ops::embed`] leaves them.
+/// steps' angles must be in `b.rotation`, where [`ops::embed`] leaves them.
 ///
 /// # Errors
 /// When a launch fails, or the probe stops the run after one of this layer's operations.
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
 pub fn layer(
     device: &Device,
     weights: &Layer,
     settings: &Settings,
     cache: &mut KvLayer,
     b: &mut Buffers,
+    tokens: Tokens,
     index: usize,
     probe: Probe,
 ) -> Result<(), Halt> {
     if settings.fusion == Fusion::Unfused {
         return unfused::layer(device, weights, settings, cache, b, index, probe);
     }
-    let Settings { activations, rms_eps, ref rope, attention, .. } = *settings;
+    let Settings { activations, rms_eps, attention, .. } = *settings;
+    let norm = |gamma| Some(Norm { gamma, eps: rms_eps });
 
-    let norm = Norm { gamma: &weights.attn_norm, eps: rms_eps };
-    let x = input(activations, &b.x);
-    ops::gemv_qkv(device, qkv(weights), x, Some(norm), rope, &b.rotation, &b.step, &mut b.q, cache)?;
+    queries_keys_values(device, weights, settings, norm(&weights.attn_norm), cache, b, tokens)?;
     probe.after(Op::QRope, index, device, &b.q)?;
-    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, &mut b.heads)?;
+    match tokens {
+        Tokens::One => {
+            ops::attention(device, &b.q, cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
+        }
+        Tokens::Many(chunk) => {
+            let is_exact = activations == Activations::F32;
+            ops::prefill_attention(device, &b.q, cache, chunk, attention, is_exact, &mut b.heads)?;
+        }
+    }
     probe.after(Op::Attention, index, device, &b.heads)?;
-    ops::gemv(device, &weights.attn_output, input(activations, &b.heads), None, Output::Add(&mut b.x))?;
+    add(device, &weights.attn_output, activations, &b.heads, tokens, &mut b.x, b.panels.as_mut())?;
     probe.after(Op::AttnOutput, index, device, &b.x)?;
 
-    let norm = Norm { gamma: &weights.ffn_norm, eps: rms_eps };
-    swiglu(device, &weights.ffn_gate_up, input(activations, &b.x), Some(norm), &mut b.ffn)?;
+    let gate_up = &weights.ffn_gate_up;
+    match tokens {
+        Tokens::One => {
+            let x = input(activations, &b.x);
+            swiglu(device, gate_up, x, norm(&weights.ffn_norm), &mut b.ffn)?;
+        }
+        Tokens::Many(_) => {
+            let n_embd = weights.ffn_down.n_rows();
+            let norm = norm(&weights.ffn_norm);
+            let panels = pack(device, b.panels.as_mut(), &b.x, tokens.len(), n_embd, norm)?;
+            swiglu_of_many(device, gate_up, panels, tokens.len(), &mut b.ffn)?;
+        }
+    }
     probe.after(Op::FfnSwiglu, index, device, &b.ffn.hidden)?;
-    let hidden = input(activations, &b.ffn.hidden);
-    ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x))?;
+    add(device, &weights.ffn_down, activations, &b.ffn.hidden, tokens, &mut b.x, b.panels.as_mut())?;
     probe.after(Op::FfnOutput, index, device, &b.x)
+}
+
+/// Queries into `b.q`, keys and values into the cache, of `b.x` normalised.
+fn queries_keys_values(
+    device: &Device,
+    weights: &Layer,
+    settings: &Settings,
+    norm: Option<Norm>,
+    cache: &mut KvLayer,
+    b: &mut Buffers,
+    tokens: Tokens,
+) -> Result<()> {
+    let (matrices, rope) = (qkv(weights), &settings.rope);
+    match tokens {
+        Tokens::One => {
+            let x = input(settings.activations, &b.x);
+            ops::gemv_qkv(device, matrices, x, norm, rope, &b.rotation, &b.steps, &mut b.q, cache)
+        }
+        Tokens::Many(_) => {
+            let n_embd = weights.attn_q.weight.n_cols();
+            let panels = pack(device, b.panels.as_mut(), &b.x, tokens.len(), n_embd, norm)?;
+            ops::gemm_qkv(device, matrices, panels, rope, &b.rotation, &b.steps, &mut b.q, cache)
+        }
+    }
+}
+
+/// `output += W x`.
+fn add(
+    device: &Device,
+    weights: &Matrix,
+    activations: Activations,
+    x: &Buffer<f32>,
+    tokens: Tokens,
+    output: &mut Buffer<f32>,
+    panels: Option<&mut Panels>,
+) -> Result<()> {
+    match tokens {
+        Tokens::One => ops::gemv(device, weights, input(activations, x), None, Output::Add(output)),
+        Tokens::Many(_) => {
+            let panels = pack(device, panels, x, tokens.len(), weights.n_cols(), None)?;
+            ops::gemm(device, weights, panels, ManyOutput::Add(output))
+        }
+    }
+}
+
+/// Vectors as products for many tokens take them.
+fn pack<'p>(
+    device: &Device,
+    panels: Option<&'p mut Panels>,
+    x: &Buffer<f32>,
+    n_tokens: usize,
+    n_cols: usize,
+    norm: Option<Norm>,
+) -> Result<&'p Panels> {
+    let panels = panels.context("the buffers are for one token")?;
+    ops::pack_panels(device, x, n_tokens, n_cols, norm, panels)?;
+    Ok(panels)
 }
 
 /// The feed-forward network of a layer, added to `output`: `output += W_down(silu(W_gate x) * W_up x)`.
@@ -175,6 +337,25 @@ fn swiglu(device: &Device, weights: &GateUp, x: Input, norm: Option<Norm>, b: &m
             let mut up_values = b.gate_up.part(0..up.n_rows());
             ops::gemv(device, gate, x, norm, Output::Set(&mut b.hidden))?;
             ops::gemv(device, up, x, norm, Output::Set(&mut up_values))?;
+            ops::swiglu(device, &mut b.hidden, &up_values)
+        }
+    }
+}
+
+/// The same of many tokens.
+fn swiglu_of_many(
+    device: &Device,
+    weights: &GateUp,
+    x: &Panels,
+    n_tokens: usize,
+    b: &mut FfnBuffers,
+) -> Result<()> {
+    match weights {
+        GateUp::Joined(matrix) => ops::gemm(device, matrix, x, ManyOutput::Swiglu(&mut b.hidden)),
+        GateUp::Apart { gate, up } => {
+            let mut up_values = b.gate_up.part(0..n_tokens * stride(up.n_rows()));
+            ops::gemm(device, gate, x, ManyOutput::Set(&mut b.hidden))?;
+            ops::gemm(device, up, x, ManyOutput::Set(&mut up_values))?;
             ops::swiglu(device, &mut b.hidden, &up_values)
         }
     }

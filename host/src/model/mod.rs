@@ -7,7 +7,7 @@ mod trace;
 mod unfused;
 mod weights;
 
-pub use forward::{Buffers, FfnBuffers, ffn, layer};
+pub use forward::{Buffers, FfnBuffers, Tokens, ffn, layer};
 pub use session::Session;
 pub use trace::{Halt, Op, Point, Probe};
 pub use weights::{GateUp, Layer, Linear, Weights};
@@ -49,10 +49,20 @@ pub struct ModelOptions {
     /// Tokens that the KV cache has room for; by default what the model was trained for, at most
     /// [`DEFAULT_N_CTX`].
     pub n_ctx: Option<usize>,
+    /// Tokens of a prompt that go through the model at once; by default [`DEFAULT_N_BATCH`], on the CPU
+    /// [`DEFAULT_N_BATCH_CPU`].
+    pub n_batch: Option<usize>,
 }
 
 /// Room in the KV cache where none is asked for: more costs memory whether it is used or not.
 pub const DEFAULT_N_CTX: usize = 4096;
+
+/// Tokens of a prompt that go through the model at once: as many as keep tensor cores busy.
+pub const DEFAULT_N_BATCH: usize = 512;
+/// Likewise on the CPU, which has no use for more: somebody may be waiting to interrupt it.
+pub const DEFAULT_N_BATCH_CPU: usize = 64;
+/// The most: the rows of a grid.
+pub const MAX_N_BATCH: usize = 65_535;
 
 /// A model whose weights are on a device.
 pub struct Model {
@@ -60,6 +70,7 @@ pub struct Model {
     config: Config,
     settings: Settings,
     n_ctx: usize,
+    n_batch: usize,
     weights: Weights,
 }
 
@@ -127,6 +138,12 @@ impl Model {
             "a context of {n_ctx} tokens is wanted, the model was trained for {}",
             config.n_ctx_train
         );
+        let default = if device.is_cuda() { DEFAULT_N_BATCH } else { DEFAULT_N_BATCH_CPU };
+        let n_batch = options.n_batch.unwrap_or(default);
+        ensure!(
+            (1..=MAX_N_BATCH).contains(&n_batch),
+            "{n_batch} tokens at a time are wanted, 1 to {MAX_N_BATCH} are possible"
+        );
         let frequencies = config.rope.frequencies(source.rope_factors()?.as_deref());
         let settings = Settings {
             activations: options.activations,
@@ -142,7 +159,7 @@ impl Model {
             },
         };
         let weights = Weights::load(&device, source, &config, progress)?;
-        Ok(Self { device, config, settings, n_ctx, weights })
+        Ok(Self { device, config, settings, n_ctx, n_batch, weights })
     }
 
     /// The model's dimensions.
@@ -153,6 +170,11 @@ impl Model {
     /// Tokens that a session has room for.
     pub fn n_ctx(&self) -> usize {
         self.n_ctx
+    }
+
+    /// Tokens of a prompt that go through the model at once.
+    pub fn n_batch(&self) -> usize {
+        self.n_batch
     }
 
     /// The device that holds the weights.

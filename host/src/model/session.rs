@@ -2,19 +2,26 @@
 
 mod timing;
 
-use super::forward::{Buffers, forward};
+use super::forward::{Buffers, Tokens, forward, logits_of_many};
 use super::trace::{Halt, Op, Point, Probe};
-use super::{Model, weights};
+use super::weights::GateUp;
+use super::{Fusion, Model, weights};
 use crate::device::{Buffer, HostBuffer, Recording, Signal};
-use crate::ops::{self, KvLayer};
+use crate::ops::{self, Chunk, KvLayer};
 use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
 use gpu_kernels::step::Step;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Steps that the device can be ahead of the host.
 pub const MAX_AHEAD: usize = 16;
+
+/// Fewest tokens that go through the model at once: fewer are sooner done one after the other.
+pub const MIN_CHUNK: usize = 4;
+/// Tokens whose logits are made at once, where all are wanted: they take more memory than anything else between layers.
+const LOGITS_AT_ONCE: usize = 64;
 
 /// Tokens in a KV cache, and the logits of the last one fed.
 pub struct Session<'m> {
@@ -22,6 +29,13 @@ pub struct Session<'m> {
     /// The launches of each kind of step. Declared, and so dropped, before the buffers they use.
     steps: [RecordedStep; 3],
     buffers: Buffers,
+    /// Where many tokens go through at once; none where they do not.
+    many: Option<Buffers>,
+    /// The logits of the last token fed: `[n_vocab]`.
+    logits: Buffer<f32>,
+    /// Those of several tokens, once somebody has wanted them: `[LOGITS_AT_ONCE, n_vocab]`, rows filled up to a multiple of
+    /// four values.
+    many_logits: Option<Buffer<f32>>,
     caches: Vec<KvLayer>,
     /// Where [`greedy`](Self::greedy) leaves its token.
     next: Buffer<u32>,
@@ -66,10 +80,22 @@ impl<'m> Session<'m> {
         let cache = |_| KvLayer::alloc(device, config.n_head_kv, model.n_ctx, config.head_dim);
         let caches = (0..config.n_layer).map(cache).collect::<Result<_>>();
         let caches = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
+        let n_batch = model.n_batch.min(model.n_ctx);
+        let many = if model.settings.fusion == Fusion::Fused && n_batch >= MIN_CHUNK {
+            let layers = &model.weights.layers;
+            let has_apart = layers.iter().any(|layer| matches!(layer.ffn_gate_up, GateUp::Apart { .. }));
+            let many = Buffers::alloc_many(device, config, n_batch, model.settings.activations, has_apart);
+            Some(many.with_context(|| format!("no room for {n_batch} tokens at a time (--batch)"))?)
+        } else {
+            None
+        };
         Ok(Self {
             model,
             steps: [const { RecordedStep::Fresh }; 3],
             buffers: Buffers::alloc(device, config)?,
+            many,
+            logits: device.alloc(config.n_vocab)?,
+            many_logits: None,
             caches,
             next: device.alloc_from(&[0u32])?,
             sampling: device.alloc_from(&[SamplingOptions::default().parameters()])?,
@@ -117,19 +143,103 @@ impl<'m> Session<'m> {
         Ok(())
     }
 
-    /// Runs tokens, one after the other, each at the next position. The logits of the last one are left on the
-    /// device; nothing waits for them.
+    /// Runs tokens, each at the next position, as many at once as the model's `n_batch` says. The logits of the last one are
+    /// left on the device; nothing waits for them.
     ///
     /// # Errors
     /// When a token is not in the vocabulary, the context has no room, or the device fails.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
-        for (i, &token) in tokens.iter().enumerate() {
-            let kind = if i + 1 == tokens.len() { Kind::Logits } else { Kind::Prompt };
-            self.place(token)?;
-            self.step(kind)?;
+        let mut left = tokens;
+        while !left.is_empty() {
+            let (chunk, rest) = left.split_at(left.len().min(self.model.n_batch));
+            if self.many.is_some() && chunk.len() >= MIN_CHUNK {
+                self.feed_chunk(chunk, rest.is_empty())?;
+            } else {
+                for (i, &token) in chunk.iter().enumerate() {
+                    let is_last = rest.is_empty() && i + 1 == chunk.len();
+                    self.place(token)?;
+                    self.step(if is_last { Kind::Logits } else { Kind::Prompt })?;
+                }
+            }
+            left = rest;
         }
         Ok(())
+    }
+
+    /// As [`feed`](Self::feed), and waits for the logits after every token: `each` is called with the token's number and its
+    /// `[n_vocab]` logits, in order.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed); also those of `each`.
+    pub fn feed_watched(
+        &mut self,
+        tokens: &[u32],
+        mut each: impl FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        self.check(tokens)?;
+        let n_vocab = self.model.config.n_vocab;
+        let mut logits = Vec::new();
+        let mut done = 0;
+        while done < tokens.len() {
+            let chunk = &tokens[done..tokens.len().min(done + self.model.n_batch)];
+            if self.many.is_none() || chunk.len() < MIN_CHUNK {
+                self.feed(&chunk[..1])?;
+                self.logits(&mut logits)?;
+                each(done, &logits)?;
+                done += 1;
+                continue;
+            }
+            self.feed_chunk(chunk, true)?;
+            let stride = n_vocab.next_multiple_of(4);
+            for first in (0..chunk.len()).step_by(LOGITS_AT_ONCE) {
+                let range = first..chunk.len().min(first + LOGITS_AT_ONCE);
+                let rows = self.logits_of_many(range.clone(), stride)?;
+                for (row, token) in rows.chunks_exact(stride).zip(range) {
+                    each(done + token, &row[..n_vocab])?;
+                }
+            }
+            done += chunk.len();
+        }
+        Ok(())
+    }
+
+    /// The logits of some tokens of the chunk that was fed last, `[range.len(), stride]`.
+    fn logits_of_many(&mut self, range: Range<usize>, stride: usize) -> Result<Vec<f32>> {
+        let Model { device, settings, weights, .. } = self.model;
+        let all = match &mut self.many_logits {
+            Some(all) => all,
+            none => none.insert(device.alloc(LOGITS_AT_ONCE * stride)?),
+        };
+        let mut logits = all.part(0..range.len() * stride);
+        let many = self.many.as_mut().context("no chunk was fed")?;
+        logits_of_many(device, weights, settings, many, range, &mut logits)?;
+        device.to_vec(&logits)
+    }
+
+    /// Runs tokens at once, at least [`MIN_CHUNK`] and at most the model's `n_batch`.
+    fn feed_chunk(&mut self, tokens: &[u32], with_logits: bool) -> Result<()> {
+        let Model { device, settings, weights, .. } = self.model;
+        let many = self.many.as_mut().context("the session takes one token at a time")?;
+        self.ahead.clear();
+        self.has_chosen = false;
+        self.has_logits = false;
+        let position = self.position;
+        let step = |(i, &token)| Step { token, position: (position + i) as u32 };
+        let steps: Vec<Step> = tokens.iter().enumerate().map(step).collect();
+        device.upload(&mut many.steps.part(0..steps.len()), &steps)?;
+        let chunk = Tokens::Many(Chunk { position, n_tokens: tokens.len() });
+        let logits = if with_logits { Some(&mut self.logits) } else { None };
+        let run = forward(device, weights, settings, &mut self.caches, many, chunk, logits, Probe::default());
+        match run {
+            Ok(()) => {
+                self.position += tokens.len();
+                self.has_logits = with_logits;
+                Ok(())
+            }
+            Err(Halt::Error(error)) => Err(error),
+            Err(Halt::At(_)) => unreachable!("no probe is set"),
+        }
     }
 
     /// Runs one token up to `point` and returns what that operation left in its buffer. The token does not count
@@ -158,7 +268,7 @@ impl<'m> Session<'m> {
     pub fn logits(&mut self, logits: &mut Vec<f32>) -> Result<()> {
         ensure!(self.has_logits, "there are no logits: no token was fed");
         logits.resize(self.model.config.n_vocab, 0.0);
-        self.model.device.download(&self.buffers.logits, logits)
+        self.model.device.download(&self.logits, logits)
     }
 
     /// The most likely next token, found on the device. Waits for it.
@@ -167,7 +277,7 @@ impl<'m> Session<'m> {
     /// As [`logits`](Self::logits).
     pub fn greedy(&mut self) -> Result<u32> {
         ensure!(self.has_logits, "there are no logits: no token was fed");
-        ops::argmax(&self.model.device, &self.buffers.logits, &mut self.next)?;
+        ops::argmax(&self.model.device, &self.logits, &mut self.next)?;
         let mut token = [0];
         self.model.device.download(&self.next, &mut token)?;
         Ok(token[0])
@@ -192,9 +302,9 @@ impl<'m> Session<'m> {
         let device = &self.model.device;
         // Choosing advances the step.
         let step = Step { token: 0, position: self.position as u32 - 1 };
-        device.upload(&mut self.buffers.step, &[step])?;
-        let (logits, n_vocab) = (&self.buffers.logits, self.model.config.n_vocab);
-        let (step, chosen) = (&mut self.buffers.step, self.chosen.as_buffer());
+        device.upload(&mut self.buffers.steps, &[step])?;
+        let (logits, n_vocab) = (&self.logits, self.model.config.n_vocab);
+        let (step, chosen) = (&mut self.buffers.steps, self.chosen.as_buffer());
         ops::sample(device, logits, n_vocab, &self.sampling, step, chosen, MAX_AHEAD)?;
         self.has_chosen = true;
         self.ahead.push_back(device.signal()?);
@@ -253,7 +363,7 @@ impl<'m> Session<'m> {
         self.ahead.clear();
         self.has_chosen = false;
         let step = Step { token, position: self.position as u32 };
-        self.model.device.upload(&mut self.buffers.step, &[step])
+        self.model.device.upload(&mut self.buffers.steps, &[step])
     }
 
     /// Feeds the token that the step in device memory holds.
@@ -303,10 +413,12 @@ impl<'m> Session<'m> {
         let Model { device, config, settings, weights, .. } = self.model;
         let weights: &weights::Weights = weights;
         let b = &mut self.buffers;
-        forward(device, weights, settings, &mut self.caches, b, kind != Kind::Prompt, probe)?;
+        let logits = if kind == Kind::Prompt { None } else { Some(&mut self.logits) };
+        forward(device, weights, settings, &mut self.caches, b, Tokens::One, logits, probe)?;
         if kind == Kind::Choice {
             let chosen = self.chosen.as_buffer();
-            ops::sample(device, &b.logits, config.n_vocab, &self.sampling, &mut b.step, chosen, MAX_AHEAD)?;
+            let (logits, steps) = (&self.logits, &mut b.steps);
+            ops::sample(device, logits, config.n_vocab, &self.sampling, steps, chosen, MAX_AHEAD)?;
             probe.passed(Op::Choice, 0)?;
         }
         Ok(())

@@ -61,13 +61,13 @@ pub(super) fn layer(
     linear(device, &weights.attn_v, normed, &mut u.v)?;
     probe.after(Op::V, index, device, &u.v)?;
 
-    ops::rope(device, &mut b.q, rope, &b.step, attention.n_head, head_dim)?;
+    ops::rope(device, &mut b.q, rope, &b.steps, attention.n_head, head_dim)?;
     probe.after(Op::QRope, index, device, &b.q)?;
-    ops::rope(device, &mut u.k, rope, &b.step, n_head_kv, head_dim)?;
+    ops::rope(device, &mut u.k, rope, &b.steps, n_head_kv, head_dim)?;
     probe.after(Op::KRope, index, device, &u.k)?;
-    ops::kv_append(device, &u.k, &u.v, cache, &b.step)?;
+    ops::kv_append(device, &u.k, &u.v, cache, &b.steps)?;
     probe.after(Op::KvAppend, index, device, cache)?;
-    ops::attention(device, &b.q, cache, &b.step, attention, &mut b.attention, &mut b.heads)?;
+    ops::attention(device, &b.q, cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
     let heads = input(device, activations, &b.heads, &mut u.heads_q8, probe, Op::AttentionQ8, index)?;
     ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x))?;
@@ -99,20 +99,21 @@ pub(super) fn layer(
     probe.after(Op::FfnOutput, index, device, &b.x)
 }
 
-/// The logits of the hidden state.
+/// The logits of the hidden state `x`.
 pub(super) fn logits(
     device: &Device,
     weights: &Weights,
     settings: &Settings,
-    b: &mut forward::Buffers,
+    x: &Buffer<f32>,
+    u: &mut Buffers,
+    logits: &mut Buffer<f32>,
     probe: Probe,
 ) -> Result<(), Halt> {
-    let u = &mut b.unfused;
-    ops::rms_norm(device, &b.x, &weights.output_norm, settings.rms_eps, &mut u.normed)?;
+    ops::rms_norm(device, x, &weights.output_norm, settings.rms_eps, &mut u.normed)?;
     probe.after(Op::OutputNorm, 0, device, &u.normed)?;
     let normed =
         input(device, settings.activations, &u.normed, &mut u.normed_q8, probe, Op::OutputNormQ8, 0)?;
-    Ok(ops::gemv(device, weights.output(), normed, None, Output::Set(&mut b.logits))?)
+    Ok(ops::gemv(device, weights.output(), normed, None, Output::Set(logits))?)
 }
 
 /// `y = W x + b`, the bias where there is one.

@@ -189,3 +189,31 @@ pub fn attention(
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
     unsafe { device.launch(attention_kernel::kernel_for(heads), config, (arguments,)) }
 }
+
+/// Attention of a chunk, token by token.
+pub fn prefill_attention(
+    device: &Device,
+    q: &Buffer<f32>,
+    cache: &KvLayer,
+    chunk: super::Chunk,
+    shape: AttentionShape,
+    _is_exact: bool,
+    out: &mut Buffer<f32>,
+) -> Result<()> {
+    let n = shape.n_head * cache.head_dim;
+    let mut workspace =
+        AttentionWorkspace::with_splits(device, shape.n_head, cache.n_head_kv, cache.head_dim, 1)?;
+    for i in 0..chunk.n_tokens {
+        let step = device.alloc_from(&[Step { token: 0, position: (chunk.position + i) as u32 }])?;
+        attention(
+            device,
+            &q.part(i * n..i * n + n),
+            cache,
+            &step,
+            shape,
+            &mut workspace,
+            &mut out.part(i * n..i * n + n),
+        )?;
+    }
+    Ok(())
+}

@@ -13,7 +13,8 @@ use gpu_kernels::{
     swiglu as swiglu_kernel,
 };
 
-/// `out[i] = weights[steps[i].token]`, each of `weights.n_cols()` values; into `rotation` cosine and sine of every rotated
+/// `out[i] = weights[steps[i].token]`, each of `weights.n_cols()` values, rows of several filled up to a multiple of four;
+/// into `rotation` cosine and sine of every rotated
 /// pair's angle at the step's position. For the first `n_tokens` steps.
 ///
 /// The tokens are in device memory: whoever writes them keeps them below `weights.n_rows()`.
@@ -33,7 +34,8 @@ pub fn embed(
     let pairs = rope.frequencies.len();
     ensure!((1..=65_535).contains(&n_tokens), "embed: {n_tokens} tokens, 1 to 65,535 are possible");
     at_least("embed", "steps", steps, n_tokens)?;
-    at_least("embed", "out", out, n_tokens * weights.n_cols())?;
+    let stride = weights.n_cols().next_multiple_of(4);
+    at_least("embed", "out", out, (n_tokens - 1) * stride + weights.n_cols())?;
     at_least("embed", "rotation", rotation, n_tokens * pairs)?;
     ensure!(weights.order() == RowOrder::NATURAL, "embed: the rows are in {:?}", weights.order());
     let threads = weights.n_cols().div_ceil(UNIT).max(pairs);
@@ -44,6 +46,7 @@ pub fn embed(
         steps.as_ptr(),
         out.as_mut_ptr(),
         dim(weights.n_cols())?,
+        dim(stride)?,
         rope.frequencies.as_ptr(),
         rotation.as_mut_ptr(),
         dim(pairs)?,

@@ -57,11 +57,11 @@ fn pieces(n_tokens: usize, n_cols: usize) -> usize {
     n_panels * n_tokens.next_multiple_of(TOKEN_STEP) * ROW_BYTES / 16
 }
 
-/// Puts `n_tokens` vectors of `n_cols` values, one after the other in `x`, into panels; normalised first where there is a
-/// norm.
+/// Puts `n_tokens` vectors of `n_cols` values into panels, normalised first where there is a norm. In `x` they follow each
+/// other, each filled up to a multiple of 4 values.
 ///
 /// # Errors
-/// When `n_cols` is not a multiple of 4, a buffer is too short, or the launch fails.
+/// When a buffer is too short, or the launch fails.
 pub fn pack_panels(
     device: &Device,
     x: &Buffer<f32>,
@@ -71,8 +71,7 @@ pub fn pack_panels(
     to: &mut Panels,
 ) -> Result<()> {
     ensure!(n_tokens > 0 && n_cols > 0, "pack_panels: {n_tokens} vectors of {n_cols} values");
-    ensure!(n_cols.is_multiple_of(4), "pack_panels: vectors are of a multiple of 4 values, found {n_cols}");
-    aligned("pack_panels", "x", x, n_tokens * n_cols)?;
+    aligned("pack_panels", "x", x, n_tokens * n_cols.next_multiple_of(4))?;
     at_least("pack_panels", "panels", &to.high, pieces(n_tokens, n_cols))?;
     let (mut gamma, mut eps) = (ptr::null(), 0.0);
     if let Some(norm) = norm {

@@ -10,13 +10,13 @@ mod matrix;
 mod read;
 mod types;
 
-pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, rope};
+pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, prefill_attention, rope};
 pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use matrix::{Matrix, Packer};
 pub use read::read;
-pub use types::{Input, KvLayer, Norm, Q8_1Vector, Rope};
+pub use types::{Chunk, Input, KvLayer, Norm, Q8_1Vector, Rope};
 
 use crate::device::Buffer;
 use anyhow::{Context as _, Result, ensure};

@@ -85,6 +85,15 @@ pub struct Norm<'a> {
     pub eps: f32,
 }
 
+/// Tokens that follow each other: as many, from this position on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Tokens before them, which are in the cache.
+    pub position: usize,
+    /// The tokens.
+    pub n_tokens: usize,
+}
+
 /// A layer's KV cache: two arrays of shape `[n_head_kv, n_ctx, head_dim]`.
 #[derive(Debug)]
 pub struct KvLayer {
