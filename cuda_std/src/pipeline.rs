@@ -1,8 +1,10 @@
 //! Copies from device into shared memory that run beside the warp which started them.
 
 mod block;
+mod thread;
 
 pub use block::{BlockCopies, Piece};
+pub use thread::{commit_copies, copy_async, wait_for_copies};
 
 use crate::shared::DynamicShared;
 #[cfg(target_arch = "nvptx64")]

@@ -21,7 +21,9 @@ use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, Panels, ROW_BYTES, r
 use cuda_std::float::f32_to_bf16x2;
 use cuda_std::pipeline::{BlockCopies, Piece};
 use cuda_std::shared::DynamicShared;
-use cuda_std::tensor::{PANEL_ALIGNMENT, PANEL_ROW_WORDS, PANEL_STEPS, Panel, aligned_start, multiply_add};
+use cuda_std::tensor::{
+    Bf16, PANEL_ALIGNMENT, PANEL_ROW_WORDS, PANEL_STEPS, Panel, aligned_start, multiply_add,
+};
 use cuda_std::thread::{block_idx_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp};
 use cuda_std::{dynamic_shared, kernel};
@@ -222,11 +224,11 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
             }
             let high = Panel::new(memory, copies.place());
             let a = operands(&first, &second, half);
-            multiply_add(&mut sums, a, high, wanted);
+            multiply_add::<Bf16, SUMS>(&mut sums, a, high, wanted);
             if EXACT {
                 let low = Panel::new(memory, copies.place() + low_at);
-                multiply_add(&mut sums, a, low, wanted);
-                multiply_add(&mut sums, operands(&first_low, &second_low, half), high, wanted);
+                multiply_add::<Bf16, SUMS>(&mut sums, a, low, wanted);
+                multiply_add::<Bf16, SUMS>(&mut sums, operands(&first_low, &second_low, half), high, wanted);
             }
             copies.release();
             panel += 1;

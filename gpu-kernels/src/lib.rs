@@ -22,6 +22,7 @@ pub mod kv_cache;
 pub mod math;
 pub mod pack;
 pub mod panels;
+pub mod prefill_attention;
 pub mod quantize;
 pub mod random;
 pub mod read;

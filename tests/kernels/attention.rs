@@ -7,17 +7,17 @@ use host::device::Device;
 use host::ops::{self, AttentionShape, AttentionWorkspace, KvLayer};
 
 /// Keys and values for `n_ctx` positions, of which the first `length` are real and the rest poisoned with NaN.
-struct Cache {
-    layer: KvLayer,
+pub(super) struct Cache {
+    pub(super) layer: KvLayer,
     n_head_kv: usize,
     n_ctx: usize,
     head_dim: usize,
     /// `[n_head_kv, n_ctx, head_dim]`
     k: Vec<f16>,
-    v: Vec<f16>,
+    pub(super) v: Vec<f16>,
 }
 
-fn cache(
+pub(super) fn cache(
     device: &Device,
     n_head_kv: usize,
     n_ctx: usize,
@@ -41,7 +41,7 @@ fn cache(
 }
 
 /// Attention in f64, one head after the other.
-fn reference(q: &[f32], cache: &Cache, length: usize, scale: f64) -> Vec<f64> {
+pub(super) fn reference(q: &[f32], cache: &Cache, length: usize, scale: f64) -> Vec<f64> {
     let &Cache { n_head_kv, n_ctx, head_dim, .. } = cache;
     let n_head = q.len() / head_dim;
     let mut out = Vec::new();

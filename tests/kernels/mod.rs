@@ -8,6 +8,7 @@ mod elementwise;
 pub mod formats;
 mod gemm;
 mod gemv;
+mod prefill_attention;
 mod random;
 mod read;
 mod sample;

@@ -12,8 +12,8 @@ use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{
-    self, AttentionWorkspace, Chunk, Input, KvLayer, ManyOutput, Matrix, Norm, Output, Panels, Q8_1Vector,
-    QkvWeights,
+    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvLayer, ManyOutput, Matrix, Norm, Output,
+    Panels, Q8_1Vector, QkvWeights,
 };
 use anyhow::{Context as _, Result};
 use gpu_kernels::step::Step;
@@ -229,10 +229,10 @@ pub fn layer(
         Tokens::One => {
             ops::attention(device, &b.q, cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
         }
-        Tokens::Many(chunk) => {
-            let is_exact = activations == Activations::F32;
-            ops::prefill_attention(device, &b.q, cache, chunk, attention, is_exact, &mut b.heads)?;
+        Tokens::Many(chunk) if activations == Activations::Q8_1 => {
+            ops::prefill_attention(device, &b.q, cache, chunk, attention, &mut b.heads)?;
         }
+        Tokens::Many(chunk) => exact_attention(device, chunk, cache, attention, b)?,
     }
     probe.after(Op::Attention, index, device, &b.heads)?;
     add(device, &weights.attn_output, activations, &b.heads, tokens, &mut b.x, b.panels.as_mut())?;
@@ -254,6 +254,23 @@ pub fn layer(
     probe.after(Op::FfnSwiglu, index, device, &b.ffn.hidden)?;
     add(device, &weights.ffn_down, activations, &b.ffn.hidden, tokens, &mut b.x, b.panels.as_mut())?;
     probe.after(Op::FfnOutput, index, device, &b.x)
+}
+
+/// Attention of many tokens without rounding their queries: token by token.
+fn exact_attention(
+    device: &Device,
+    chunk: Chunk,
+    cache: &KvLayer,
+    shape: AttentionShape,
+    b: &mut Buffers,
+) -> Result<()> {
+    let n_q = b.q.len() / b.steps.len();
+    for token in 0..chunk.n_tokens {
+        let (q, step) = (b.q.part(token * n_q..(token + 1) * n_q), b.steps.part(token..token + 1));
+        let mut heads = b.heads.part(token * n_q..(token + 1) * n_q);
+        ops::attention(device, &q, cache, &step, shape, &mut b.attention, &mut heads)?;
+    }
+    Ok(())
 }
 
 /// Queries into `b.q`, keys and values into the cache, of `b.x` normalised.

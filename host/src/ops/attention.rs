@@ -1,9 +1,11 @@
 //! Launchers of the operations on heads: rotation, the KV cache, attention.
 
-use super::{KvLayer, Rope, at_least, dim, launch_1d};
+use super::{Chunk, KvLayer, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use cuda_std::tensor::PANEL_DEPTH;
 use gpu_kernels::attention::MAX_SPLITS;
+use gpu_kernels::prefill_attention::{self as prefill_kernel, MAX_WARPS, WARP_TOKENS};
 use gpu_kernels::step::Step;
 use gpu_kernels::{attention as attention_kernel, kv_cache, rope as rope_kernel};
 
@@ -190,30 +192,59 @@ pub fn attention(
     unsafe { device.launch(attention_kernel::kernel_for(heads), config, (arguments,)) }
 }
 
-/// Attention of a chunk, token by token.
+/// Attention of a chunk's tokens, `[n_tokens, n_head, head_dim]`, over the cache: each sees the positions up to its own. The
+/// chunk's keys and values are in the cache already. Queries, and the weights of the values, are rounded to f16.
+///
+/// # Errors
+/// When `n_head` is not a multiple of the cache's heads, the chunk does not fit the cache, a buffer is too short, or the
+/// launch fails.
 pub fn prefill_attention(
     device: &Device,
     q: &Buffer<f32>,
     cache: &KvLayer,
-    chunk: super::Chunk,
+    chunk: Chunk,
     shape: AttentionShape,
-    _is_exact: bool,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
-    let n = shape.n_head * cache.head_dim;
-    let mut workspace =
-        AttentionWorkspace::with_splits(device, shape.n_head, cache.n_head_kv, cache.head_dim, 1)?;
-    for i in 0..chunk.n_tokens {
-        let step = device.alloc_from(&[Step { token: 0, position: (chunk.position + i) as u32 }])?;
-        attention(
-            device,
-            &q.part(i * n..i * n + n),
-            cache,
-            &step,
-            shape,
-            &mut workspace,
-            &mut out.part(i * n..i * n + n),
-        )?;
-    }
-    Ok(())
+    let (AttentionShape { n_head, scale }, Chunk { position, n_tokens }) = (shape, chunk);
+    let head_dim = cache.head_dim;
+    deal_heads(n_head, cache.n_head_kv)?;
+    ensure!(n_tokens > 0, "prefill_attention: there are no tokens");
+    ensure!(
+        position + n_tokens <= cache.n_ctx,
+        "prefill_attention: {n_tokens} tokens from position {position} on, the cache has room for {}",
+        cache.n_ctx
+    );
+    aligned("prefill_attention", "q", q, n_tokens * n_head * head_dim)?;
+    aligned("prefill_attention", "out", out, n_tokens * n_head * head_dim)?;
+    let panels = head_dim.div_ceil(PANEL_DEPTH);
+    let bytes = |warps: usize, stages: usize| 4 * prefill_kernel::shared_words(warps, panels, stages);
+    let room = device.shared_bytes() as usize;
+    // As many tokens to a block as there are blocks for, and rather the next tile on its way than more tokens.
+    let blocks = |warps: usize| n_tokens.div_ceil(warps * WARP_TOKENS) * n_head;
+    let few = blocks(MAX_WARPS) < device.multiprocessors() as usize;
+    let choices = [(MAX_WARPS, 2), (MAX_WARPS / 2, 2), (MAX_WARPS / 2, 1)];
+    let fitting = choices.into_iter().filter(|&(warps, stages)| bytes(warps, stages) <= room);
+    let (warps, stages) = { fitting }.find(|&(warps, _)| warps < MAX_WARPS || !few).with_context(|| {
+        format!("prefill_attention: {room} bytes of shared memory hold no heads of {head_dim}")
+    })?;
+    let arguments = prefill_kernel::Arguments {
+        q: q.as_ptr(),
+        k_cache: cache.k.as_ptr(),
+        v_cache: cache.v.as_ptr(),
+        out: out.as_mut_ptr(),
+        position: dim(position)?,
+        n_tokens: dim(n_tokens)?,
+        n_head: dim(n_head)?,
+        heads_per_kv: dim(n_head / cache.n_head_kv)?,
+        head_dim: dim(head_dim)?,
+        n_ctx: dim(cache.n_ctx)?,
+        stages: stages as u32,
+        scale,
+    };
+    let mut config = launch_1d(n_tokens.div_ceil(warps * WARP_TOKENS), 32 * warps)?;
+    config.grid[1] = dim(n_head)?;
+    config.dynamic_shared_bytes = bytes(warps, stages) as u32;
+    // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
+    unsafe { device.launch(prefill_kernel::kernel_for(panels), config, (arguments,)) }
 }

@@ -1,0 +1,315 @@
+//! Attention of many tokens over the KV cache, which their own keys and values are in already, on tensor cores.
+//!
+//! A block takes one query head and a run of tokens, 16 to a warp, and goes through the keys and values 64 at a time
+//! (FlashAttention: Dao, 2023): scores of its tokens with these keys, softmax kept online (Milakov and Gimelshein, 2018), and
+//! the weighted sum of the values. Scores never leave registers: rounded they are the operand of the next product. A token
+//! sees no position after its own; what lies beyond the last one is not read.
+//!
+//! Queries and weights are rounded to f16, as keys and values are; all sums are in f32.
+
+use core::f32::consts::LOG2_E;
+use cuda_std::float::{exp2, f32_to_f16x2, max, min, mul_add};
+use cuda_std::memory::ld_global_u32x2;
+use cuda_std::pipeline::{commit_copies, copy_async, wait_for_copies};
+use cuda_std::shared::DynamicShared;
+use cuda_std::tensor::{
+    F16, PANEL_ALIGNMENT, PANEL_DEPTH, PANEL_ROW_WORDS, PANEL_STEPS, Panel, TransposedPanel, aligned_start,
+    multiply_add, multiply_add_transposed, publish, swizzled,
+};
+use cuda_std::thread::{block_dim_x, block_idx_x, block_idx_y, grid_dim_x, sync_threads, thread_idx_x};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_max};
+use cuda_std::{dynamic_shared, kernel};
+use half::f16;
+
+/// Tokens that a warp takes.
+pub const WARP_TOKENS: usize = 16;
+/// Most warps in a block; others are a multiple of four.
+pub const MAX_WARPS: usize = 8;
+/// Keys that are looked at together.
+pub const TILE_KEYS: usize = 64;
+/// Panels that hold the longest head.
+pub const MAX_PANELS: usize = 4;
+/// Words of a panel of keys or values.
+const PANEL_WORDS: usize = TILE_KEYS * PANEL_ROW_WORDS;
+/// Words of the queries of a warp that meet a panel.
+const QUERY_WORDS: usize = PANEL_STEPS * WARP_SIZE as usize * 4;
+/// Sums that a lane has of a panel's columns.
+const SUMS: usize = PANEL_DEPTH / 2;
+/// What no score is below; finite, so that differences are numbers.
+const LOWEST: f32 = -1e30;
+/// The largest number in f16.
+const F16_MAX: f32 = 65_504.0;
+
+/// What a launch works on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Arguments {
+    /// Queries, `[n_tokens, n_head, head_dim]`.
+    pub q: *const f32,
+    /// Keys, `[n_head_kv, n_ctx, head_dim]`, at a multiple of 16 bytes.
+    pub k_cache: *const f16,
+    /// Values, likewise.
+    pub v_cache: *const f16,
+    /// The result, `[n_tokens, n_head, head_dim]`.
+    pub out: *mut f32,
+    /// The first token's position.
+    pub position: u32,
+    /// Tokens.
+    pub n_tokens: u32,
+    /// Query heads.
+    pub n_head: u32,
+    /// Query heads that share a key-value head.
+    pub heads_per_kv: u32,
+    /// Values in a head, a multiple of 16.
+    pub head_dim: u32,
+    /// Positions in the cache.
+    pub n_ctx: u32,
+    /// Tiles of keys and values that there is room for: 1 or 2.
+    pub stages: u32,
+    /// The factor of the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+// SAFETY: pointers and numbers in C's layout, alike on both sides.
+unsafe impl cuda_std::launch::KernelArg for Arguments {}
+
+/// Words of shared memory for a block of `warps` warps, heads of `panels` panels and `stages` tiles.
+pub const fn shared_words(warps: usize, panels: usize, stages: usize) -> usize {
+    PANEL_ALIGNMENT as usize + panels * (2 * stages * PANEL_WORDS + warps * QUERY_WORDS)
+}
+
+/// Starts copying 64 rows of a cache from `first` on into panels; zeros beyond row `end` and beyond the head.
+///
+/// # Safety
+/// The head's rows up to `end` are readable.
+#[inline(always)]
+unsafe fn copy_tile<const PANELS: usize>(
+    memory: DynamicShared<u32>,
+    at: u32,
+    head: *const f16,
+    head_dim: u32,
+    first: u32,
+    end: u32,
+) {
+    const PIECES: u32 = PANEL_DEPTH as u32 / 8;
+    let mut i = thread_idx_x();
+    while i < (TILE_KEYS * PANELS) as u32 * PIECES {
+        // Neighbouring threads copy neighbouring pieces of a row.
+        let (row, piece) = (i / (PANELS as u32 * PIECES), i % (PANELS as u32 * PIECES));
+        let (panel, in_panel) = (piece / PIECES, piece % PIECES);
+        let place = at as usize
+            + panel as usize * PANEL_WORDS
+            + row as usize * PANEL_ROW_WORDS
+            + 4 * swizzled(row as usize, in_panel as usize);
+        let is_wanted = first + row < end && piece * 8 < head_dim;
+        let from = head.wrapping_add(((first + row) * head_dim + piece * 8) as usize);
+        // SAFETY: the piece is the head's where it is wanted.
+        unsafe { copy_async(memory, place, from.cast(), is_wanted) };
+        i += block_dim_x();
+    }
+}
+
+/// Attention of a block's tokens, heads of up to `PANELS` panels.
+///
+/// # Safety
+/// The arguments are as their fields say; the cache is written up to the last token; the launch has the shared memory that
+/// [`shared_words`] gives.
+#[inline(always)]
+unsafe fn attend<const PANELS: usize>(a: Arguments) {
+    let memory = dynamic_shared!(PREFILL_ATTENTION_MEMORY: [u32]);
+    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
+    let (group, member) = (lane / 4, lane % 4);
+    let block_tokens = block_dim_x() / WARP_SIZE * WARP_TOKENS as u32;
+    // The last tokens have most to look at: they come first.
+    let first_token = (grid_dim_x() - 1 - block_idx_x()) * block_tokens;
+    let head = block_idx_y();
+    let n_keys = a.position + (first_token + block_tokens).min(a.n_tokens);
+    let n_tiles = n_keys.div_ceil(TILE_KEYS as u32);
+    let kv_head = (head / a.heads_per_kv) as usize * a.n_ctx as usize * a.head_dim as usize;
+    // SAFETY: the head is one of the cache's.
+    let (keys, values) = unsafe { (a.k_cache.add(kv_head), a.v_cache.add(kv_head)) };
+
+    let tiles_at = aligned_start(memory);
+    let tile_words = (2 * PANELS * PANEL_WORDS) as u32;
+    let queries_at = tiles_at + a.stages * tile_words + warp * (PANELS * QUERY_WORDS) as u32;
+    let tile_at = |tile: u32| tiles_at + tile % a.stages * tile_words;
+    let copy = |tile: u32| {
+        if tile < n_tiles {
+            let (at, first) = (tile_at(tile), tile * TILE_KEYS as u32);
+            // SAFETY: the cache is written up to the last token.
+            unsafe {
+                copy_tile::<PANELS>(memory, at, keys, a.head_dim, first, n_keys);
+                copy_tile::<PANELS>(memory, at + tile_words / 2, values, a.head_dim, first, n_keys);
+            }
+        }
+        commit_copies();
+    };
+    copy(0);
+
+    // The queries of this lane's two tokens, as the products take them; zeros for tokens that there are not.
+    let tokens = [0, 8].map(|row| first_token + warp * WARP_TOKENS as u32 + group + row);
+    let query = |i: usize, dim: u32| -> u32 {
+        if tokens[i] >= a.n_tokens || dim >= a.head_dim {
+            return 0;
+        }
+        // SAFETY: the token and the dimensions exist; both are even.
+        let pair = unsafe {
+            let row = (tokens[i] * a.n_head + head) as usize * a.head_dim as usize;
+            ld_global_u32x2(a.q.add(row + dim as usize).cast())
+        };
+        let [low, high] = pair.map(|bits| min(max(f32::from_bits(bits), -F16_MAX), F16_MAX));
+        f32_to_f16x2(low, high)
+    };
+    let query_at = |panel: usize, step: usize| {
+        (queries_at as usize + panel * QUERY_WORDS) + (step * WARP_SIZE as usize + lane as usize) * 4
+    };
+    for panel in 0..PANELS {
+        for step in 0..PANEL_STEPS {
+            let dim = (panel * PANEL_DEPTH + step * 16) as u32 + 2 * member;
+            let words = [query(0, dim), query(1, dim), query(0, dim + 8), query(1, dim + 8)];
+            memory.set4(query_at(panel, step), words);
+        }
+    }
+
+    // Weights are powers of 2: the scores' factor turns e^x into 2^x.
+    let factor = a.scale * LOG2_E;
+    let (mut largest, mut sum) = ([LOWEST; 2], [0.0f32; 2]);
+    let mut out = [[0.0f32; SUMS]; PANELS];
+    let mut tile = 0;
+    while tile < n_tiles {
+        if a.stages > 1 {
+            copy(tile + 1);
+            wait_for_copies::<1>();
+        } else {
+            wait_for_copies::<0>();
+        }
+        publish();
+        sync_threads();
+
+        let at = tile_at(tile);
+        let mut scores = [0.0f32; SUMS];
+        for panel in 0..PANELS {
+            let q = [0, 1, 2, 3].map(|step| memory.get4(query_at(panel, step)));
+            let k = Panel::new(memory, at + (panel * PANEL_WORDS) as u32);
+            multiply_add::<F16, SUMS>(&mut scores, q, k, TILE_KEYS as u32);
+        }
+
+        // Keys after a token's own position count for nothing; only the last tiles have any.
+        let first_key = tile * TILE_KEYS as u32;
+        let last_seen = [a.position + tokens[0], a.position + tokens[1]];
+        let is_masked = first_key + TILE_KEYS as u32 > a.position + first_token + warp * WARP_TOKENS as u32;
+        let mut new = largest;
+        for block in 0..SUMS / 4 {
+            for i in 0..2 {
+                for column in 0..2 {
+                    let score = scores[4 * block + 2 * i + column] * factor;
+                    let key = first_key + (8 * block + column) as u32 + 2 * member;
+                    let score = if is_masked && key > last_seen[i] { f32::NEG_INFINITY } else { score };
+                    scores[4 * block + 2 * i + column] = score;
+                    new[i] = max(new[i], score);
+                }
+            }
+        }
+        // Four lanes share a token.
+        let new = new.map(|largest| warp_reduce_max(FULL_MASK, largest, 4));
+        let correction = [exp2(largest[0] - new[0]), exp2(largest[1] - new[1])];
+        largest = new;
+        let mut added = [0.0f32; 2];
+        for block in 0..SUMS / 4 {
+            for i in 0..2 {
+                for column in 0..2 {
+                    let weight = exp2(scores[4 * block + 2 * i + column] - largest[i]);
+                    scores[4 * block + 2 * i + column] = weight;
+                    added[i] += weight;
+                }
+            }
+        }
+        for i in 0..2 {
+            sum[i] = mul_add(sum[i], correction[i], added[i]);
+        }
+        for panel in 0..PANELS {
+            for block in 0..SUMS / 4 {
+                for i in 0..2 {
+                    out[panel][4 * block + 2 * i] *= correction[i];
+                    out[panel][4 * block + 2 * i + 1] *= correction[i];
+                }
+            }
+        }
+
+        let mut weights = [[0u32; 4]; PANEL_STEPS];
+        for step in 0..PANEL_STEPS {
+            for i in 0..4 {
+                let at = 8 * step + 2 * i;
+                weights[step][i] = f32_to_f16x2(scores[at], scores[at + 1]);
+            }
+        }
+        for panel in 0..PANELS {
+            let v = TransposedPanel::new(memory, at + tile_words / 2 + (panel * PANEL_WORDS) as u32);
+            multiply_add_transposed::<F16>(&mut out[panel], weights, v);
+        }
+        // The tile's place may be filled again.
+        sync_threads();
+        tile += 1;
+        if a.stages == 1 {
+            copy(tile);
+        }
+    }
+
+    let total = sum.map(|sum| warp_reduce_add(FULL_MASK, sum, 4));
+    let factors = total.map(|total| 1.0 / total);
+    for panel in 0..PANELS {
+        for block in 0..SUMS / 4 {
+            let dim = (panel * PANEL_DEPTH + 8 * block) as u32 + 2 * member;
+            for i in 0..2 {
+                if tokens[i] < a.n_tokens && dim < a.head_dim {
+                    let values = [0, 1].map(|column| out[panel][4 * block + 2 * i + column] * factors[i]);
+                    // SAFETY: the token and the dimensions exist, and are this lane's own; both are even.
+                    unsafe {
+                        let row = (tokens[i] * a.n_head + head) as usize * a.head_dim as usize;
+                        *a.out.add(row + dim as usize).cast::<[f32; 2]>() = values;
+                    }
+                }
+            }
+        }
+    }
+}
+
+macro_rules! define_kernels {
+    ($(($module:ident, $panels:literal))*) => {
+        $(
+            #[doc = concat!("Heads of ", stringify!($panels), " panels of 64 values.")]
+            pub mod $module {
+                use super::*;
+
+                /// Attention of many tokens over the cache.
+                ///
+                /// # Safety
+                /// The arguments are as their fields say, in device memory; the cache is written up to the last token,
+                /// whose position is below `n_ctx`; the launch has the shared memory that [`shared_words`] gives.
+                ///
+                /// # Parameters
+                /// - `arguments`: queries, cache, result, and their shapes
+                ///
+                /// # Thread mapping
+                /// Grid: tiles of tokens, the last one first, by query heads. Blocks of 4 or 8 warps, of which each takes 16
+                /// tokens. Bytes moved: keys and values once for every tile and head, mostly from the L2 cache.
+                #[kernel(suffix = $module, launch_bounds(256, 1))]
+                pub unsafe fn prefill_attention(arguments: Arguments) {
+                    // SAFETY: the caller keeps the contract above, which is the one asked for.
+                    unsafe { attend::<$panels>(arguments) }
+                }
+            }
+        )*
+
+        /// The kernel for heads of so many panels, 1 to [`MAX_PANELS`].
+        #[cfg(not(target_arch = "nvptx64"))]
+        pub fn kernel_for(panels: usize) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
+            match panels {
+                $($panels => &$module::PREFILL_ATTENTION,)*
+                _ => panic!("heads of {panels} panels"),
+            }
+        }
+    };
+}
+define_kernels! { (d64, 1) (d128, 2) (d192, 3) (d256, 4) }
