@@ -19,6 +19,7 @@ use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
 use crate::gemv::stream::Quad;
 use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, Panels, ROW_BYTES, rest};
 use cuda_std::float::f32_to_bf16x2;
+use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::pipeline::{BlockCopies, Piece};
 use cuda_std::shared::DynamicShared;
 use cuda_std::tensor::{
@@ -173,11 +174,6 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
         let [high, low] = pieces(panel);
         if EXACT { copies.restart(1, [high, low]) } else { copies.restart(1, [high]) }
     };
-    let stages = copies.stages();
-    for stage in 0..stages.min(n_panels) {
-        start(copies, stage);
-    }
-
     // SAFETY: the quad is one of the matrix's.
     let tiles = unsafe { matrix.tiles.add(quad as usize * matrix.quad_bytes as usize) };
     // The place of the unit that this lane takes of a group, and its tile. Beyond the last one it is that again, times
@@ -202,6 +198,12 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
     };
     let mut sums = [0.0f32; SUMS];
     let mut fetched = if is_small { Some(fetch(0)) } else { None };
+    // The weights depend on nothing, the activations on the kernel before.
+    wait_for_previous();
+    let stages = copies.stages();
+    for stage in 0..stages.min(n_panels) {
+        start(copies, stage);
+    }
     let mut panel = 0;
     for number in 0..n_groups as usize {
         let unit = |i: usize| {
@@ -279,6 +281,7 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
     shape: Shape,
     output: Output,
 ) {
+    let_next_start();
     let memory = dynamic_shared!(GEMM_MEMORY: [u32]);
     let warp = thread_idx_x() / WARP_SIZE;
     // Blocks of the same rows are neighbours: the weights are in the L2 cache for all but the first.
@@ -377,7 +380,7 @@ macro_rules! define_kernels {
             ///
             /// # Thread mapping
             /// A block of [`BLOCK_DIM`] threads takes 128 rows and a tile of tokens, tiles of tokens first.
-            #[kernel(suffix = $module, launch_bounds(256, $blocks))]
+            #[kernel(suffix = $module, overlapping, launch_bounds(256, $blocks))]
             pub unsafe fn gemm(
                 first: MatrixRef,
                 second: MatrixRef,

@@ -12,6 +12,7 @@ use crate::block::block_sum;
 use crate::formats::UNIT;
 use bytemuck::{Pod, Zeroable};
 use cuda_std::float::{bf16x2_to_f32, f32_to_bf16x2, rsqrt};
+use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::tensor::{PANEL_DEPTH, STEP_DEPTH, swizzled};
 use cuda_std::thread::{block_dim_x, block_idx_x, thread_idx_x};
@@ -88,8 +89,10 @@ pub const fn place_of(column: usize) -> [usize; 2] {
 /// # Thread mapping
 /// A block per token, of [`BLOCK_DIM`] threads. A thread takes every so many of the vector's steps: four columns of each of
 /// the four units of a group. Bytes moved: 6 per value, and 4 from the L1 cache where it is normalised.
-#[kernel]
+#[kernel(overlapping)]
 pub unsafe fn pack_panels(x: *const f32, gamma: *const f32, n: u32, eps: f32, panels: Panels) {
+    let_next_start();
+    wait_for_previous();
     let scratch = shared_array!(PACK_PANELS_SUMS: [f32; 32]);
     let (token, thread, stride) = (block_idx_x() as usize, thread_idx_x() as usize, block_dim_x() as usize);
     let n = n as usize;

@@ -9,6 +9,7 @@
 
 use core::f32::consts::LOG2_E;
 use cuda_std::float::{exp2, f32_to_f16x2, max, min, mul_add};
+use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::ld_global_u32x2;
 use cuda_std::pipeline::{commit_copies, copy_async, wait_for_copies};
 use cuda_std::shared::DynamicShared;
@@ -64,7 +65,9 @@ pub struct Arguments {
     pub head_dim: u32,
     /// Positions in the cache.
     pub n_ctx: u32,
-    /// Tiles of keys and values that there is room for: 1 or 2.
+    /// Groups of a block's warps, 1 or 2, that share its tokens: of the tiles of keys each takes every other one.
+    pub splits: u32,
+    /// How many tiles of keys and values each of these has room for: 1 or 2.
     pub stages: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
@@ -74,9 +77,9 @@ pub struct Arguments {
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Arguments {}
 
-/// Words of shared memory for a block of `warps` warps, heads of `panels` panels and `stages` tiles.
-pub const fn shared_words(warps: usize, panels: usize, stages: usize) -> usize {
-    PANEL_ALIGNMENT as usize + panels * (2 * stages * PANEL_WORDS + warps * QUERY_WORDS)
+/// Words of shared memory for a block of `warps` warps in `splits` groups, heads of `panels` panels and `stages` tiles.
+pub const fn shared_words(warps: usize, panels: usize, splits: usize, stages: usize) -> usize {
+    PANEL_ALIGNMENT as usize + panels * (2 * splits * stages * PANEL_WORDS + warps / splits * QUERY_WORDS)
 }
 
 /// Starts copying 64 rows of a cache from `first` on into panels; zeros beyond row `end` and beyond the head.
@@ -117,30 +120,36 @@ unsafe fn copy_tile<const PANELS: usize>(
 /// [`shared_words`] gives.
 #[inline(always)]
 unsafe fn attend<const PANELS: usize>(a: Arguments) {
+    let_next_start();
+    wait_for_previous();
     let memory = dynamic_shared!(PREFILL_ATTENTION_MEMORY: [u32]);
     let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
     let (group, member) = (lane / 4, lane % 4);
-    let block_tokens = block_dim_x() / WARP_SIZE * WARP_TOKENS as u32;
+    let split_warps = block_dim_x() / WARP_SIZE / a.splits;
+    let (split, warp) = (warp / split_warps, warp % split_warps);
+    let block_tokens = split_warps * WARP_TOKENS as u32;
     // The last tokens have most to look at: they come first.
     let first_token = (grid_dim_x() - 1 - block_idx_x()) * block_tokens;
     let head = block_idx_y();
     let n_keys = a.position + (first_token + block_tokens).min(a.n_tokens);
-    let n_tiles = n_keys.div_ceil(TILE_KEYS as u32);
+    let n_rounds = n_keys.div_ceil(TILE_KEYS as u32 * a.splits);
     let kv_head = (head / a.heads_per_kv) as usize * a.n_ctx as usize * a.head_dim as usize;
     // SAFETY: the head is one of the cache's.
     let (keys, values) = unsafe { (a.k_cache.add(kv_head), a.v_cache.add(kv_head)) };
 
     let tiles_at = aligned_start(memory);
     let tile_words = (2 * PANELS * PANEL_WORDS) as u32;
-    let queries_at = tiles_at + a.stages * tile_words + warp * (PANELS * QUERY_WORDS) as u32;
-    let tile_at = |tile: u32| tiles_at + tile % a.stages * tile_words;
-    let copy = |tile: u32| {
-        if tile < n_tiles {
-            let (at, first) = (tile_at(tile), tile * TILE_KEYS as u32);
-            // SAFETY: the cache is written up to the last token.
-            unsafe {
-                copy_tile::<PANELS>(memory, at, keys, a.head_dim, first, n_keys);
-                copy_tile::<PANELS>(memory, at + tile_words / 2, values, a.head_dim, first, n_keys);
+    let queries_at = tiles_at + a.splits * a.stages * tile_words + warp * (PANELS * QUERY_WORDS) as u32;
+    let tile_at = |round: u32, split: u32| tiles_at + (round % a.stages * a.splits + split) * tile_words;
+    let copy = |round: u32| {
+        if round < n_rounds {
+            for split in 0..a.splits {
+                let (at, first) = (tile_at(round, split), (round * a.splits + split) * TILE_KEYS as u32);
+                // SAFETY: the cache is written up to the last token.
+                unsafe {
+                    copy_tile::<PANELS>(memory, at, keys, a.head_dim, first, n_keys);
+                    copy_tile::<PANELS>(memory, at + tile_words / 2, values, a.head_dim, first, n_keys);
+                }
             }
         }
         commit_copies();
@@ -176,10 +185,10 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
     let factor = a.scale * LOG2_E;
     let (mut largest, mut sum) = ([LOWEST; 2], [0.0f32; 2]);
     let mut out = [[0.0f32; SUMS]; PANELS];
-    let mut tile = 0;
-    while tile < n_tiles {
+    let mut round = 0;
+    while round < n_rounds {
         if a.stages > 1 {
-            copy(tile + 1);
+            copy(round + 1);
             wait_for_copies::<1>();
         } else {
             wait_for_copies::<0>();
@@ -187,7 +196,7 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
         publish();
         sync_threads();
 
-        let at = tile_at(tile);
+        let at = tile_at(round, split);
         let mut scores = [0.0f32; SUMS];
         for panel in 0..PANELS {
             let q = [0, 1, 2, 3].map(|step| memory.get4(query_at(panel, step)));
@@ -196,7 +205,7 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
         }
 
         // Keys after a token's own position count for nothing; only the last tiles have any.
-        let first_key = tile * TILE_KEYS as u32;
+        let first_key = (round * a.splits + split) * TILE_KEYS as u32;
         let last_seen = [a.position + tokens[0], a.position + tokens[1]];
         let is_masked = first_key + TILE_KEYS as u32 > a.position + first_token + warp * WARP_TOKENS as u32;
         let mut new = largest;
@@ -250,9 +259,47 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
         }
         // The tile's place may be filled again.
         sync_threads();
-        tile += 1;
+        round += 1;
         if a.stages == 1 {
-            copy(tile);
+            copy(round);
+        }
+    }
+
+    // The second group leaves what it has, lane by lane, for the first one to add to its own.
+    if a.splits > 1 {
+        let words = (PANELS * SUMS + 4) as u32;
+        let at = (tiles_at + warp * WARP_SIZE * words + lane) as usize;
+        let place = |i: usize| at + i * WARP_SIZE as usize;
+        if split > 0 {
+            for panel in 0..PANELS {
+                for i in 0..SUMS {
+                    memory.set(place(panel * SUMS + i), out[panel][i].to_bits());
+                }
+            }
+            for i in 0..2 {
+                memory.set(place(PANELS * SUMS + i), largest[i].to_bits());
+                memory.set(place(PANELS * SUMS + 2 + i), sum[i].to_bits());
+            }
+        }
+        sync_threads();
+        if split > 0 {
+            return;
+        }
+        let other = |i: usize| f32::from_bits(memory.get(place(i)));
+        let (mut own_factors, mut other_factors) = ([0.0; 2], [0.0; 2]);
+        for i in 0..2 {
+            let other_largest = other(PANELS * SUMS + i);
+            let new = max(largest[i], other_largest);
+            own_factors[i] = exp2(largest[i] - new);
+            other_factors[i] = exp2(other_largest - new);
+            sum[i] = mul_add(sum[i], own_factors[i], other(PANELS * SUMS + 2 + i) * other_factors[i]);
+        }
+        for panel in 0..PANELS {
+            for i in 0..SUMS {
+                let row = i / 2 % 2;
+                let value = other(panel * SUMS + i) * other_factors[row];
+                out[panel][i] = mul_add(out[panel][i], own_factors[row], value);
+            }
         }
     }
 
@@ -293,8 +340,8 @@ macro_rules! define_kernels {
                 ///
                 /// # Thread mapping
                 /// Grid: tiles of tokens, the last one first, by query heads. Blocks of 4 or 8 warps, of which each takes 16
-                /// tokens. Bytes moved: keys and values once for every tile and head, mostly from the L2 cache.
-                #[kernel(suffix = $module, launch_bounds(256, 1))]
+                /// tokens, or two of them the same. Bytes moved: keys and values once for every tile and head, mostly from the L2 cache.
+                #[kernel(suffix = $module, overlapping, launch_bounds(256, 1))]
                 pub unsafe fn prefill_attention(arguments: Arguments) {
                     // SAFETY: the caller keeps the contract above, which is the one asked for.
                     unsafe { attend::<$panels>(arguments) }

@@ -15,8 +15,9 @@ use serde::Serialize;
 use super::args::{self, BenchArgs};
 use super::{load, print_json};
 
-/// Tokens that run before the clock does, at most.
-const WARM_UP: usize = 32;
+/// Tokens that run before the clock does, at most: as many as go through the model at once, since other kernels may take
+/// fewer.
+const WARM_UP: usize = 512;
 
 /// Everything that `--json` prints.
 #[derive(Serialize)]

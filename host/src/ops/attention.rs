@@ -218,16 +218,19 @@ pub fn prefill_attention(
     aligned("prefill_attention", "q", q, n_tokens * n_head * head_dim)?;
     aligned("prefill_attention", "out", out, n_tokens * n_head * head_dim)?;
     let panels = head_dim.div_ceil(PANEL_DEPTH);
-    let bytes = |warps: usize, stages: usize| 4 * prefill_kernel::shared_words(warps, panels, stages);
+    let bytes = |(warps, splits, stages)| 4 * prefill_kernel::shared_words(warps, panels, splits, stages);
     let room = device.shared_bytes() as usize;
-    // As many tokens to a block as there are blocks for, and rather the next tile on its way than more tokens.
-    let blocks = |warps: usize| n_tokens.div_ceil(warps * WARP_TOKENS) * n_head;
-    let few = blocks(MAX_WARPS) < device.multiprocessors() as usize;
-    let choices = [(MAX_WARPS, 2), (MAX_WARPS / 2, 2), (MAX_WARPS / 2, 1)];
-    let fitting = choices.into_iter().filter(|&(warps, stages)| bytes(warps, stages) <= room);
-    let (warps, stages) = { fitting }.find(|&(warps, _)| warps < MAX_WARPS || !few).with_context(|| {
+    // Where there are fewer blocks than multiprocessors, two groups of warps share the tokens. Rather the next tile on its
+    // way than more warps.
+    let half = MAX_WARPS / 2;
+    let is_few = n_tokens.div_ceil(MAX_WARPS * WARP_TOKENS) * n_head < device.multiprocessors() as usize;
+    let first = if is_few { (MAX_WARPS, 2, 2) } else { (MAX_WARPS, 1, 2) };
+    let choices = [first, (half, 1, 2), (half, 1, 1)];
+    let choice = choices.into_iter().find(|&choice| bytes(choice) <= room);
+    let (warps, splits, stages) = choice.with_context(|| {
         format!("prefill_attention: {room} bytes of shared memory hold no heads of {head_dim}")
     })?;
+    let block_tokens = warps / splits * WARP_TOKENS;
     let arguments = prefill_kernel::Arguments {
         q: q.as_ptr(),
         k_cache: cache.k.as_ptr(),
@@ -239,12 +242,13 @@ pub fn prefill_attention(
         heads_per_kv: dim(n_head / cache.n_head_kv)?,
         head_dim: dim(head_dim)?,
         n_ctx: dim(cache.n_ctx)?,
+        splits: splits as u32,
         stages: stages as u32,
         scale,
     };
-    let mut config = launch_1d(n_tokens.div_ceil(warps * WARP_TOKENS), 32 * warps)?;
+    let mut config = launch_1d(n_tokens.div_ceil(block_tokens), 32 * warps)?;
     config.grid[1] = dim(n_head)?;
-    config.dynamic_shared_bytes = bytes(warps, stages) as u32;
+    config.dynamic_shared_bytes = bytes((warps, splits, stages)) as u32;
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
     unsafe { device.launch(prefill_kernel::kernel_for(panels), config, (arguments,)) }
 }
