@@ -157,11 +157,11 @@ pub fn exp(x: f32) -> f32 {
     scale(fraction, shifted)
 }
 
-/// `2^x`; 0 below -150, infinity from 128 on.
+/// `2^x`; 0 below -150, infinity from 128 on. On a GPU results below 2^-126 are 0.
 #[inline(always)]
 pub fn exp2(x: f32) -> f32 {
     cfg_select! {
-        target_arch = "nvptx64" => ptx!("ex2.approx.f32", x),
+        target_arch = "nvptx64" => ptx!("ex2.approx.ftz.f32", x),
         _ => {
             let x = clamp(x, -151.0, 129.0);
             let shifted = x + ROUND;

@@ -18,7 +18,9 @@ use cuda_std::tensor::{
     multiply_add, multiply_add_transposed, publish, swizzled,
 };
 use cuda_std::thread::{block_dim_x, block_idx_x, block_idx_y, grid_dim_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_max};
+use cuda_std::warp::{
+    FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add, warp_reduce_max, warp_vote_any,
+};
 use cuda_std::{dynamic_shared, kernel};
 use half::f16;
 
@@ -36,7 +38,7 @@ const PANEL_WORDS: usize = TILE_KEYS * PANEL_ROW_WORDS;
 const QUERY_WORDS: usize = PANEL_STEPS * WARP_SIZE as usize * 4;
 /// Sums that a lane has of a panel's columns.
 const SUMS: usize = PANEL_DEPTH / 2;
-/// What no score is below; finite, so that differences are numbers.
+/// What no score is below before the factor; finite, so that differences are numbers.
 const LOWEST: f32 = -1e30;
 /// The largest number in f16.
 const F16_MAX: f32 = 65_504.0;
@@ -69,7 +71,7 @@ pub struct Arguments {
     pub splits: u32,
     /// How many tiles of keys and values each of these has room for: 1 or 2.
     pub stages: u32,
-    /// The factor of the scores, usually `1 / sqrt(head_dim)`.
+    /// The factor of the scores, above 0, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
 
@@ -82,34 +84,53 @@ pub const fn shared_words(warps: usize, panels: usize, splits: usize, stages: us
     PANEL_ALIGNMENT as usize + panels * (2 * splits * stages * PANEL_WORDS + warps / splits * QUERY_WORDS)
 }
 
-/// Starts copying 64 rows of a cache from `first` on into panels; zeros beyond row `end` and beyond the head.
-///
-/// # Safety
-/// The head's rows up to `end` are readable.
-#[inline(always)]
-unsafe fn copy_tile<const PANELS: usize>(
-    memory: DynamicShared<u32>,
-    at: u32,
-    head: *const f16,
+/// How a thread takes part in copying tiles: a piece of 16 bytes of every so many rows.
+#[derive(Clone, Copy)]
+struct Share<const PANELS: usize> {
+    row: u32,
+    row_step: u32,
+    piece: u32,
     head_dim: u32,
-    first: u32,
-    end: u32,
-) {
-    const PIECES: u32 = PANEL_DEPTH as u32 / 8;
-    let mut i = thread_idx_x();
-    while i < (TILE_KEYS * PANELS) as u32 * PIECES {
-        // Neighbouring threads copy neighbouring pieces of a row.
-        let (row, piece) = (i / (PANELS as u32 * PIECES), i % (PANELS as u32 * PIECES));
-        let (panel, in_panel) = (piece / PIECES, piece % PIECES);
-        let place = at as usize
-            + panel as usize * PANEL_WORDS
-            + row as usize * PANEL_ROW_WORDS
-            + 4 * swizzled(row as usize, in_panel as usize);
-        let is_wanted = first + row < end && piece * 8 < head_dim;
-        let from = head.wrapping_add(((first + row) * head_dim + piece * 8) as usize);
-        // SAFETY: the piece is the head's where it is wanted.
-        unsafe { copy_async(memory, place, from.cast(), is_wanted) };
-        i += block_dim_x();
+}
+
+impl<const PANELS: usize> Share<PANELS> {
+    const PANEL_PIECES: u32 = PANEL_DEPTH as u32 / 8;
+
+    #[inline(always)]
+    fn new(head_dim: u32) -> Self {
+        // Neighbouring threads copy neighbouring pieces of a row. Some have none where a row is three panels.
+        let row_threads = Self::PANEL_PIECES * PANELS.next_power_of_two() as u32;
+        let thread = thread_idx_x();
+        Self {
+            row: thread / row_threads,
+            row_step: block_dim_x() / row_threads,
+            piece: thread % row_threads,
+            head_dim,
+        }
+    }
+
+    /// Starts copying 64 rows of a cache from `first` on into panels at word `at`; zeros beyond row `end` and beyond the
+    /// head.
+    ///
+    /// # Safety
+    /// The head's rows up to `end` are readable.
+    #[inline(always)]
+    unsafe fn copy(self, memory: DynamicShared<u32>, at: u32, head: *const f16, first: u32, end: u32) {
+        if PANELS == 3 && self.piece >= Self::PANEL_PIECES * 3 {
+            return;
+        }
+        let is_inside = 8 * self.piece < self.head_dim;
+        let panel_at = at as usize + (self.piece / Self::PANEL_PIECES) as usize * PANEL_WORDS;
+        let piece = (self.piece % Self::PANEL_PIECES) as usize;
+        let mut row = self.row;
+        let mut from = head.wrapping_add(((first + row) * self.head_dim + 8 * self.piece) as usize);
+        while row < TILE_KEYS as u32 {
+            let place = panel_at + row as usize * PANEL_ROW_WORDS + 4 * swizzled(row as usize, piece);
+            // SAFETY: the piece is the head's where it is wanted.
+            unsafe { copy_async(memory, place, from.cast(), is_inside && first + row < end) };
+            row += self.row_step;
+            from = from.wrapping_add((self.row_step * self.head_dim) as usize);
+        }
     }
 }
 
@@ -140,15 +161,17 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
     let tiles_at = aligned_start(memory);
     let tile_words = (2 * PANELS * PANEL_WORDS) as u32;
     let queries_at = tiles_at + a.splits * a.stages * tile_words + warp * (PANELS * QUERY_WORDS) as u32;
-    let tile_at = |round: u32, split: u32| tiles_at + (round % a.stages * a.splits + split) * tile_words;
+    let stage_of = |round: u32| if a.stages > 1 { round % 2 } else { 0 };
+    let tile_at = |round: u32, split: u32| tiles_at + (stage_of(round) * a.splits + split) * tile_words;
+    let share = Share::<PANELS>::new(a.head_dim);
     let copy = |round: u32| {
         if round < n_rounds {
             for split in 0..a.splits {
                 let (at, first) = (tile_at(round, split), (round * a.splits + split) * TILE_KEYS as u32);
                 // SAFETY: the cache is written up to the last token.
                 unsafe {
-                    copy_tile::<PANELS>(memory, at, keys, a.head_dim, first, n_keys);
-                    copy_tile::<PANELS>(memory, at + tile_words / 2, values, a.head_dim, first, n_keys);
+                    share.copy(memory, at, keys, first, n_keys);
+                    share.copy(memory, at + tile_words / 2, values, first, n_keys);
                 }
             }
         }
@@ -187,14 +210,13 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
     let mut out = [[0.0f32; SUMS]; PANELS];
     let mut round = 0;
     while round < n_rounds {
+        wait_for_copies::<0>();
+        publish();
+        // Everybody's copies are there, and everybody is through with the round before: its place may be filled again.
+        sync_threads();
         if a.stages > 1 {
             copy(round + 1);
-            wait_for_copies::<1>();
-        } else {
-            wait_for_copies::<0>();
         }
-        publish();
-        sync_threads();
 
         let at = tile_at(round, split);
         let mut scores = [0.0f32; SUMS];
@@ -208,42 +230,35 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
         let first_key = (round * a.splits + split) * TILE_KEYS as u32;
         let last_seen = [a.position + tokens[0], a.position + tokens[1]];
         let is_masked = first_key + TILE_KEYS as u32 > a.position + first_token + warp * WARP_TOKENS as u32;
-        let mut new = largest;
-        for block in 0..SUMS / 4 {
-            for i in 0..2 {
-                for column in 0..2 {
-                    let score = scores[4 * block + 2 * i + column] * factor;
-                    let key = first_key + (8 * block + column) as u32 + 2 * member;
-                    let score = if is_masked && key > last_seen[i] { f32::NEG_INFINITY } else { score };
-                    scores[4 * block + 2 * i + column] = score;
-                    new[i] = max(new[i], score);
-                }
+        if is_masked {
+            // The lanes need not meet; but so it stays a branch, which most tiles jump over.
+            sync_warp(FULL_MASK);
+            for (i, score) in scores.iter_mut().enumerate() {
+                let key = first_key + (i / 4 * 8 + i % 2) as u32 + 2 * member;
+                *score = if key > last_seen[i / 2 % 2] { f32::NEG_INFINITY } else { *score };
             }
+        }
+        let mut new = largest;
+        for (i, &score) in scores.iter().enumerate() {
+            new[i / 2 % 2] = max(new[i / 2 % 2], score);
         }
         // Four lanes share a token.
         let new = new.map(|largest| warp_reduce_max(FULL_MASK, largest, 4));
-        let correction = [exp2(largest[0] - new[0]), exp2(largest[1] - new[1])];
-        largest = new;
-        let mut added = [0.0f32; 2];
-        for block in 0..SUMS / 4 {
-            for i in 0..2 {
-                for column in 0..2 {
-                    let weight = exp2(scores[4 * block + 2 * i + column] - largest[i]);
-                    scores[4 * block + 2 * i + column] = weight;
-                    added[i] += weight;
+        // The longer a context is, the more seldom is there a larger score than all before.
+        if warp_vote_any(FULL_MASK, new[0] > largest[0] || new[1] > largest[1]) {
+            let correction = [exp2((largest[0] - new[0]) * factor), exp2((largest[1] - new[1]) * factor)];
+            largest = new;
+            sum = [sum[0] * correction[0], sum[1] * correction[1]];
+            for out in &mut out {
+                for (i, value) in out.iter_mut().enumerate() {
+                    *value *= correction[i / 2 % 2];
                 }
             }
         }
-        for i in 0..2 {
-            sum[i] = mul_add(sum[i], correction[i], added[i]);
-        }
-        for panel in 0..PANELS {
-            for block in 0..SUMS / 4 {
-                for i in 0..2 {
-                    out[panel][4 * block + 2 * i] *= correction[i];
-                    out[panel][4 * block + 2 * i + 1] *= correction[i];
-                }
-            }
+        let offset = [largest[0] * -factor, largest[1] * -factor];
+        for (i, score) in scores.iter_mut().enumerate() {
+            *score = exp2(mul_add(*score, factor, offset[i / 2 % 2]));
+            sum[i / 2 % 2] += *score;
         }
 
         let mut weights = [[0u32; 4]; PANEL_STEPS];
@@ -257,10 +272,9 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
             let v = TransposedPanel::new(memory, at + tile_words / 2 + (panel * PANEL_WORDS) as u32);
             multiply_add_transposed::<F16>(&mut out[panel], weights, v);
         }
-        // The tile's place may be filled again.
-        sync_threads();
         round += 1;
         if a.stages == 1 {
+            sync_threads();
             copy(round);
         }
     }
@@ -268,6 +282,8 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
     // The second group leaves what it has, lane by lane, for the first one to add to its own.
     if a.splits > 1 {
         let words = (PANELS * SUMS + 4) as u32;
+        // The tiles are not needed any more.
+        sync_threads();
         let at = (tiles_at + warp * WARP_SIZE * words + lane) as usize;
         let place = |i: usize| at + i * WARP_SIZE as usize;
         if split > 0 {
@@ -290,8 +306,8 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
         for i in 0..2 {
             let other_largest = other(PANELS * SUMS + i);
             let new = max(largest[i], other_largest);
-            own_factors[i] = exp2(largest[i] - new);
-            other_factors[i] = exp2(other_largest - new);
+            own_factors[i] = exp2((largest[i] - new) * factor);
+            other_factors[i] = exp2((other_largest - new) * factor);
             sum[i] = mul_add(sum[i], own_factors[i], other(PANELS * SUMS + 2 + i) * other_factors[i]);
         }
         for panel in 0..PANELS {
