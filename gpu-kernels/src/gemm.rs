@@ -6,6 +6,9 @@
 //! weights never pass through shared memory, and are dequantized once for a whole tile of tokens. While one group of
 //! four warps waits for its products, the other one dequantizes.
 //!
+//! Where there are fewer tiles than multiprocessors, several blocks share a tile, each with a part of the columns. All
+//! leave their sums in device memory, and the last one to come adds them up, in a fixed order: none waits.
+//!
 //! At the end the sums of a warp go through shared memory to be finished quad by quad, token by token, by what finishes a
 //! matrix-vector product ([`crate::gemv::epilogue`]).
 //!
@@ -18,8 +21,11 @@ use crate::gemv::MatrixRef;
 use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
 use crate::gemv::stream::Quad;
 use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, Panels, ROW_BYTES, rest};
+use core::ops::Range;
+use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::float::f32_to_bf16x2;
 use cuda_std::grid::{let_next_start, wait_for_previous};
+use cuda_std::memory::ld_global_u32;
 use cuda_std::pipeline::{BlockCopies, Piece};
 use cuda_std::shared::DynamicShared;
 use cuda_std::tensor::{
@@ -78,10 +84,25 @@ pub struct Shape {
     pub n_tokens: u32,
     /// Tiles of tokens.
     pub token_tiles: u32,
+    /// Blocks that share a tile.
+    pub splits: u32,
     /// Places for activations in shared memory.
     pub stages: u32,
 }
 
+/// What blocks that share a tile leave each other; not read where none do.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Splits {
+    /// `[tiles, splits, sums, BLOCK_DIM]`, as many sums as a lane has.
+    pub sums: *mut f32,
+    /// How many blocks of a tile have come: one per tile, 0 between launches.
+    pub n_ended: *mut u32,
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+// SAFETY: pointers in C's layout, alike on both sides.
+unsafe impl cuda_std::launch::KernelArg for Splits {}
 #[cfg(not(target_arch = "nvptx64"))]
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Output {}
@@ -137,27 +158,30 @@ fn operands(first: &[u32; UNIT / 2], second: &[u32; UNIT / 2], panel: usize) -> 
     [step(0), step(1), step(2), step(3)]
 }
 
-/// The sums of a lane over all columns.
+/// The sums of a lane over some groups of columns.
 ///
 /// # Safety
-/// The matrix, of format `F`, has the quad; the panels are as their fields say.
+/// The matrix, of format `F`, has the quad; the panels are as their fields say, and have the groups.
 #[inline(always)]
 unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
     matrix: MatrixRef,
     quad: u32,
     panels: Panels,
+    groups: Range<u32>,
     first_token: u32,
     memory: DynamicShared<u32>,
     copies: &mut BlockCopies,
 ) -> [f32; SUMS] {
     let (group, member) = (lane_id() / 4, lane_id() % 4);
-    let (n_units, n_groups) = (panels.n_units as usize, panels.n_groups());
+    let (n_units, n_groups) = (panels.n_units as usize, groups.end - groups.start);
     let n_panels = n_groups * GROUP_PANELS as u32;
+    let first_panel = groups.start * GROUP_PANELS as u32;
     let wanted = (panels.n_rows - first_token).min(tile_tokens(SUMS) as u32);
     let bytes = wanted * ROW_BYTES as u32;
     let low_at = stage_words(SUMS, false) as u32;
     let pieces = |panel: u32| {
-        let offset = (panel as usize * panels.n_rows as usize + first_token as usize) * (ROW_BYTES / 16);
+        let offset = ((first_panel + panel) as usize * panels.n_rows as usize + first_token as usize)
+            * (ROW_BYTES / 16);
         let from = |panels: *const crate::panels::PanelPiece| panels.wrapping_add(offset).cast();
         [
             Piece { from: from(panels.high), to: 0, bytes },
@@ -197,7 +221,7 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
         })
     };
     let mut sums = [0.0f32; SUMS];
-    let mut fetched = if is_small { Some(fetch(0)) } else { None };
+    let mut fetched = if is_small { Some(fetch(groups.start as usize)) } else { None };
     // The weights depend on nothing, the activations on the kernel before.
     wait_for_previous();
     let stages = copies.stages();
@@ -205,7 +229,7 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
         start(copies, stage);
     }
     let mut panel = 0;
-    for number in 0..n_groups as usize {
+    for number in groups.start as usize..groups.end as usize {
         let unit = |i: usize| {
             let (tile, place) = place(number, rows[i]);
             match &fetched {
@@ -216,7 +240,7 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
         let [first, first_low] = fragments::<_, EXACT>(&unit(0));
         let [second, second_low] = fragments::<_, EXACT>(&unit(1));
         if is_small {
-            fetched = Some(fetch((number + 1).min(n_groups as usize - 1)));
+            fetched = Some(fetch((number + 1).min(groups.end as usize - 1)));
         }
         for half in 0..GROUP_PANELS {
             copies.wait();
@@ -249,7 +273,7 @@ unsafe fn finish<E: Epilogue>(
     at: u32,
     first: Quad,
     matrix: MatrixRef,
-    tokens: core::ops::Range<u32>,
+    tokens: Range<u32>,
     epilogue: impl Fn(u32) -> E,
 ) {
     let lane = lane_id();
@@ -279,15 +303,21 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
     matrices: [MatrixRef; 3],
     panels: Panels,
     shape: Shape,
+    splits: Splits,
     output: Output,
 ) {
     let_next_start();
     let memory = dynamic_shared!(GEMM_MEMORY: [u32]);
     let warp = thread_idx_x() / WARP_SIZE;
     // Blocks of the same rows are neighbours: the weights are in the L2 cache for all but the first.
-    let (mut row_tile, token_tile) = (block_idx_x() / shape.token_tiles, block_idx_x() % shape.token_tiles);
+    let token_tile = block_idx_x() % shape.token_tiles;
+    let (row_tile, split) =
+        (block_idx_x() / shape.token_tiles / shape.splits, block_idx_x() / shape.token_tiles % shape.splits);
+    let tile = row_tile * shape.token_tiles + token_tile;
+    let n_groups = panels.n_groups();
+    let groups = split * n_groups / shape.splits..(split + 1) * n_groups / shape.splits;
     let tiles_of = |matrix: MatrixRef| matrix.n_quads.div_ceil(BLOCK_QUADS as u32);
-    let (mut part, mut matrix) = (0, matrices[0]);
+    let (mut part, mut matrix, mut row_tile) = (0, matrices[0], row_tile);
     while part + 1 < shape.n_parts && row_tile >= tiles_of(matrix) {
         row_tile -= tiles_of(matrix);
         part += 1;
@@ -315,17 +345,53 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
                 // SAFETY: the matrix is of this format and has the quad.
                 $(f if f == Format::$Type as u32 => unsafe {
                     products::<crate::formats::$Type, SUMS, EXACT>(
-                        matrix, quad, panels, first_token, memory, &mut copies,
+                        matrix, quad, panels, groups, first_token, memory, &mut copies,
                     )
                 },)*
                 _ => [0.0; SUMS],
             }
         };
     }
-    let sums = crate::for_each_format!(dispatch);
+    let mut sums = crate::for_each_format!(dispatch);
 
     // Nobody reads activations any more.
     sync_threads();
+    if shape.splits > 1 {
+        let lane_sums = |split: u32| {
+            let first = (tile * shape.splits + split) as usize * SUMS * BLOCK_DIM;
+            splits.sums.wrapping_add(first + thread_idx_x() as usize)
+        };
+        for (i, &sum) in sums.iter().enumerate() {
+            // SAFETY: the tile's and split's sums are this block's to write.
+            unsafe { *lane_sums(split).add(i * BLOCK_DIM) = sum };
+        }
+        thread_fence();
+        sync_threads();
+        if thread_idx_x() == 0 {
+            // SAFETY: the tile's counter.
+            let before = unsafe { atomic_add_u32(splits.n_ended.add(tile as usize), 1) };
+            memory.set(places as usize, u32::from(before + 1 == shape.splits));
+        }
+        sync_threads();
+        if memory.get(places as usize) == 0 {
+            return;
+        }
+        thread_fence();
+        sums = [0.0; SUMS];
+        for split in 0..shape.splits {
+            // All of a split's on their way at once.
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: all blocks of the tile have written theirs.
+                *sum += unsafe { f32::from_bits(ld_global_u32(lane_sums(split).add(i * BLOCK_DIM).cast())) };
+            }
+        }
+        if thread_idx_x() == 0 {
+            // SAFETY: the tile's counter, which no other block uses any more.
+            unsafe { *splits.n_ended.add(tile as usize) = 0 };
+        }
+        // The word that says who is last is overwritten from here on.
+        sync_threads();
+    }
     let at = places + warp * (tile_tokens(SUMS) * TOKEN_WORDS) as u32;
     let (group, member) = (lane_id() / 4, lane_id() % 4);
     let lane_at = at + group / 2 * TILE_ROWS as u32 + group % 2;
@@ -376,10 +442,12 @@ macro_rules! define_kernels {
             /// - `first`, `second`, `third`: `[n_rows, n_cols]` each
             /// - `panels`: the vectors
             /// - `shape`: how many matrices and tokens, and how they are dealt out
+            /// - `splits`: room for blocks that share a tile
             /// - `output`: where the products go
             ///
             /// # Thread mapping
-            /// A block of [`BLOCK_DIM`] threads takes 128 rows and a tile of tokens, tiles of tokens first.
+            /// A block of [`BLOCK_DIM`] threads takes 128 rows, a tile of tokens, and one split of the columns; in the grid tiles of
+            /// tokens come first, then splits.
             #[kernel(suffix = $module, overlapping, launch_bounds(256, $blocks))]
             pub unsafe fn gemm(
                 first: MatrixRef,
@@ -387,10 +455,11 @@ macro_rules! define_kernels {
                 third: MatrixRef,
                 panels: Panels,
                 shape: Shape,
+                splits: Splits,
                 output: Output,
             ) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<SUMS, EXACT>([first, second, third], panels, shape, output) }
+                unsafe { run::<SUMS, EXACT>([first, second, third], panels, shape, splits, output) }
             }
         }
     )*};

@@ -324,7 +324,7 @@ fn pack<'p>(
     n_tokens: usize,
     n_cols: usize,
     norm: Option<Norm>,
-) -> Result<&'p Panels> {
+) -> Result<&'p mut Panels> {
     let panels = panels.context("the buffers are for one token")?;
     ops::pack_panels(device, x, n_tokens, n_cols, norm, panels)?;
     Ok(panels)
@@ -363,7 +363,7 @@ fn swiglu(device: &Device, weights: &GateUp, x: Input, norm: Option<Norm>, b: &m
 fn swiglu_of_many(
     device: &Device,
     weights: &GateUp,
-    x: &Panels,
+    x: &mut Panels,
     n_tokens: usize,
     b: &mut FfnBuffers,
 ) -> Result<()> {

@@ -14,13 +14,16 @@ use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
 use std::ptr;
 
-/// Vectors of many tokens as the tensor cores take them ([`gpu_kernels::panels`]): scratch that [`pack_panels`] fills and
-/// products read.
+/// Vectors of many tokens as the tensor cores take them ([`gpu_kernels::panels`]): scratch that [`pack_panels`] fills, and
+/// products read and work with.
 #[derive(Debug)]
 pub struct Panels {
     high: Buffer<PanelPiece>,
     /// On the exact path what the values in `high` leave.
     low: Option<Buffer<PanelPiece>>,
+    /// What blocks that share a tile leave each other, and how many have come: room for a tile for each multiprocessor.
+    sums: Buffer<f32>,
+    n_ended: Buffer<u32>,
     /// What was packed last.
     n_tokens: usize,
     n_cols: usize,
@@ -33,7 +36,11 @@ impl Panels {
     /// When the device has no room.
     pub fn alloc(device: &Device, n_tokens: usize, n_cols: usize, is_exact: bool) -> Result<Self> {
         let len = pieces(n_tokens, n_cols);
+        let most_tiles = device.multiprocessors() as usize;
+        let most_sums = TILINGS.iter().map(|tiling| tiling.sums).max().unwrap_or(0);
         Ok(Self {
+            sums: device.alloc(most_tiles * most_sums * BLOCK_DIM)?,
+            n_ended: device.alloc_zeroed(most_tiles)?,
             high: device.alloc(len)?,
             low: if is_exact { Some(device.alloc(len)?) } else { None },
             n_tokens: 0,
@@ -106,7 +113,7 @@ pub enum ManyOutput<'a> {
 /// # Errors
 /// When the vectors have not `weights.n_cols()` values, the rows are not in the order that the output takes, `y` is too
 /// short, or the launch fails.
-pub fn gemm(device: &Device, weights: &Matrix, x: &Panels, output: ManyOutput) -> Result<()> {
+pub fn gemm(device: &Device, weights: &Matrix, x: &mut Panels, output: ManyOutput) -> Result<()> {
     let (order, n_rows) = (weights.order(), weights.n_rows());
     let (kind, n_out, y) = match output {
         ManyOutput::Set(y) => (OutputKind::Store, n_rows, y),
@@ -139,7 +146,7 @@ pub fn gemm(device: &Device, weights: &Matrix, x: &Panels, output: ManyOutput) -
 pub fn gemm_qkv(
     device: &Device,
     weights: QkvWeights,
-    x: &Panels,
+    x: &mut Panels,
     rope: &Rope,
     rotation: &Buffer<[f32; 2]>,
     steps: &Buffer<Step>,
@@ -160,25 +167,54 @@ pub fn gemm_qkv(
     launch(device, weights.matrices, 3, x, output)
 }
 
-type GemmKernel = Kernel<(MatrixRef, MatrixRef, MatrixRef, panels::Panels, Shape, kernels::Output)>;
+type GemmKernel =
+    Kernel<(MatrixRef, MatrixRef, MatrixRef, panels::Panels, Shape, kernels::Splits, kernels::Output)>;
 
 /// A kernel, with the sums that its lanes have.
 struct Tiling {
     kernel: &'static GemmKernel,
     sums: usize,
     is_exact: bool,
+    /// Nanoseconds that a block takes for a group of columns, on an H100: dequantizing 128 rows of them, or the products
+    /// where those take longer. For others it is a guess, which costs nothing but time.
+    group_ns: usize,
 }
 
 /// What there is to choose from.
 const TILINGS: [Tiling; 4] = [
-    Tiling { kernel: &kernels::tokens_256::GEMM, sums: kernels::tokens_256::SUMS, is_exact: false },
-    Tiling { kernel: &kernels::tokens_128::GEMM, sums: kernels::tokens_128::SUMS, is_exact: false },
-    Tiling { kernel: &kernels::tokens_64::GEMM, sums: kernels::tokens_64::SUMS, is_exact: false },
-    Tiling { kernel: &kernels::exact::GEMM, sums: kernels::exact::SUMS, is_exact: true },
+    Tiling {
+        kernel: &kernels::tokens_256::GEMM,
+        sums: kernels::tokens_256::SUMS,
+        is_exact: false,
+        group_ns: 1750,
+    },
+    Tiling {
+        kernel: &kernels::tokens_128::GEMM,
+        sums: kernels::tokens_128::SUMS,
+        is_exact: false,
+        group_ns: 1250,
+    },
+    Tiling {
+        kernel: &kernels::tokens_64::GEMM,
+        sums: kernels::tokens_64::SUMS,
+        is_exact: false,
+        group_ns: 1000,
+    },
+    Tiling { kernel: &kernels::exact::GEMM, sums: kernels::exact::SUMS, is_exact: true, group_ns: 2500 },
 ];
+/// What a block takes beside its groups, and what adding up splits takes for each token of a tile.
+const BLOCK_NS: usize = 3500;
+const SPLIT_NS: usize = 1500;
+const SPLIT_TOKEN_NS: usize = 12;
 
-/// What a tile costs beside its tokens, in tokens: dequantizing its rows.
-const TILE_COST: usize = 48;
+/// How a product is dealt out.
+#[derive(Clone, Copy)]
+struct Plan {
+    tiling: &'static Tiling,
+    stages: usize,
+    token_tiles: usize,
+    splits: usize,
+}
 
 impl Tiling {
     /// Places for activations, as many as fit beside each other; `None` where two do not.
@@ -188,20 +224,36 @@ impl Tiling {
         };
         (2..=MAX_STAGES).rev().find(fits)
     }
+}
 
-    /// How long the blocks take one after the other, in tokens of a tile.
-    fn cost(&self, device: &Device, row_tiles: usize, n_tokens: usize) -> usize {
-        let tokens = kernels::tile_tokens(self.sums);
-        let blocks = row_tiles * n_tokens.div_ceil(tokens);
-        blocks.div_ceil(device.multiprocessors() as usize) * (tokens + TILE_COST)
-    }
+/// The plan that takes the least time, as far as that can be told.
+fn plan(device: &Device, row_tiles: usize, n_groups: usize, x: &Panels) -> Result<Plan> {
+    let multiprocessors = device.multiprocessors() as usize;
+    let possible = TILINGS.iter().filter(|tiling| tiling.is_exact == x.low.is_some());
+    let plans =
+        possible.filter_map(|tiling| Some((tiling, tiling.stages(device)?))).flat_map(|(tiling, stages)| {
+            let token_tiles = x.n_tokens.div_ceil(kernels::tile_tokens(tiling.sums));
+            // Blocks share tiles only where all of them run at once.
+            let most = multiprocessors / (row_tiles * token_tiles);
+            (1..=most.clamp(1, n_groups)).map(move |splits| Plan { tiling, stages, token_tiles, splits })
+        });
+    let time = |plan: &Plan| {
+        let waves = (row_tiles * plan.token_tiles * plan.splits).div_ceil(multiprocessors);
+        let block = BLOCK_NS + n_groups.div_ceil(plan.splits) * plan.tiling.group_ns;
+        let tokens = kernels::tile_tokens(plan.tiling.sums);
+        let adding = if plan.splits > 1 { SPLIT_NS + plan.splits * tokens * SPLIT_TOKEN_NS } else { 0 };
+        waves * block + adding
+    };
+    plans
+        .min_by_key(time)
+        .with_context(|| format!("gemm: {} bytes of shared memory do not hold a tile", device.shared_bytes()))
 }
 
 fn launch(
     device: &Device,
     matrices: [&Matrix; 3],
     n_parts: usize,
-    x: &Panels,
+    x: &mut Panels,
     output: kernels::Output,
 ) -> Result<()> {
     ensure!(x.n_tokens > 0, "gemm: nothing was packed into the panels");
@@ -215,23 +267,20 @@ fn launch(
         );
     }
     let row_tiles = matrices[..n_parts].iter().map(|matrix| matrix.n_quads().div_ceil(BLOCK_QUADS)).sum();
-    let possible = TILINGS.iter().filter(|tiling| tiling.is_exact == x.low.is_some());
-    let possible = possible.filter_map(|tiling| Some((tiling, tiling.stages(device)?)));
-    let (tiling, stages) =
-        possible.min_by_key(|(tiling, _)| tiling.cost(device, row_tiles, x.n_tokens)).with_context(|| {
-            format!("gemm: {} bytes of shared memory do not hold a tile", device.shared_bytes())
-        })?;
-    let token_tiles = x.n_tokens.div_ceil(kernels::tile_tokens(tiling.sums));
+    let Plan { tiling, stages, token_tiles, splits } = plan(device, row_tiles, x.n_cols.div_ceil(GROUP), x)?;
     let shape = Shape {
         n_parts: n_parts as u32,
         n_tokens: dim(x.n_tokens)?,
         token_tiles: dim(token_tiles)?,
+        splits: dim(splits)?,
         stages: stages as u32,
     };
-    let mut config: LaunchConfig = launch_1d(row_tiles * token_tiles, BLOCK_DIM)?;
+    let mut config: LaunchConfig = launch_1d(row_tiles * token_tiles * splits, BLOCK_DIM)?;
     config.dynamic_shared_bytes = 4 * kernels::shared_words(tiling.sums, tiling.is_exact, stages) as u32;
+    let shared = kernels::Splits { sums: x.sums.as_mut_ptr(), n_ended: x.n_ended.as_mut_ptr() };
     let [first, second, third] = matrices;
-    let arguments = (first.as_ref()?, second.as_ref()?, third.as_ref()?, x.as_ref()?, shape, output);
-    // SAFETY: the matrices and panels are whole by construction, the lengths are checked, the grid covers all tiles.
+    let arguments = (first.as_ref()?, second.as_ref()?, third.as_ref()?, x.as_ref()?, shape, shared, output);
+    // SAFETY: the matrices and panels are whole by construction, the lengths are checked, the grid covers all tiles and
+    // splits, for which there is room where tiles are shared.
     unsafe { device.launch(tiling.kernel, config, arguments) }
 }
