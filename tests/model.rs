@@ -9,10 +9,10 @@ use gpu_kernels::step::Step;
 use host::device::Device;
 use host::gguf::{GgmlType, Gguf};
 use host::model::{
-    Activations, Buffers, FfnBuffers, Fusion, Halt, Model, ModelOptions, Op, Point, Probe, Session, Tokens,
-    ffn, layer,
+    Activations, Buffers, FfnBuffers, Fusion, Halt, KvFormat, Model, ModelOptions, Op, Point, Probe, Session,
+    Tokens, ffn, layer,
 };
-use host::ops::{self, KvLayer};
+use host::ops::{self, KvCache};
 use made_up::{K_QUANTS, LLAMA, MIXED, MadeUp, QWEN2, SHAPES, Shape};
 use reference::{Reference, unwatched};
 use std::collections::HashMap;
@@ -254,8 +254,9 @@ fn a_layer_on_device_buffers_matches_f64() {
             let model = load(device, &made_up, Activations::F32);
             let index = shape.n_layer - 1;
             let weights = model.weights().layer(index).unwrap();
-            let mut buffers = Buffers::alloc(device, model.config()).unwrap();
-            let mut cache = KvLayer::alloc(device, shape.n_head_kv, 4, shape.head_dim).unwrap();
+            let mut buffers = Buffers::alloc(device, model.config(), KvFormat::F16).unwrap();
+            let mut cache =
+                KvCache::alloc(device, KvFormat::F16, shape.n_head_kv, 4, shape.head_dim).unwrap();
             let mut run = |x: &[f32], position, probe| {
                 device.upload(&mut buffers.steps, &[Step { token: 0, position }]).unwrap();
                 // Leaves the angles of the position, and an embedding that is not wanted here.
@@ -418,6 +419,41 @@ fn a_prompt_gives_the_same_logits_at_once_and_token_by_token() {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// A cache in Q8_0 costs some precision, whichever way tokens go in.
+#[test]
+fn a_cache_in_q8_0_gives_nearly_the_same_logits() {
+    let prompt = [PROMPT, PROMPT].concat();
+    for made_up in [&LLAMA, &QWEN2, &MIXED].map(MadeUp::new) {
+        for device in devices() {
+            let run = |kv_format, n_batch, fusion| {
+                let activations = Activations::F32;
+                let options = ModelOptions {
+                    activations,
+                    kv_format,
+                    n_batch: Some(n_batch),
+                    fusion,
+                    ..Default::default()
+                };
+                let model = load_with(device, &made_up.gguf, &options).unwrap();
+                let mut session = model.session().unwrap();
+                session.feed(&prompt).unwrap();
+                let bytes = model.kv_bytes_per_token(1);
+                (logits(&mut session), bytes)
+            };
+            let (exact, exact_bytes) = run(KvFormat::F16, 1, Fusion::Fused);
+            for (n_batch, fusion) in
+                [(1, Fusion::Fused), (1, Fusion::Unfused), (5, Fusion::Fused), (64, Fusion::Fused)]
+            {
+                let (found, bytes) = run(KvFormat::Q8_0, n_batch, fusion);
+                assert_eq!(bytes * 32, exact_bytes * 17);
+                let error = nmse(&found, &widened(&exact));
+                let what = format!("{}, {n_batch} at a time, {fusion:?}", made_up.shape.what);
+                assert!(error > 0.0 && error <= 1e-3, "{what}: NMSE {error:e}");
             }
         }
     }

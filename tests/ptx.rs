@@ -69,7 +69,8 @@ fn kernels_assemble_without_spills() {
         let architecture = if image.runs_on(architecture + 1) { own.as_str() } else { image.arch };
         let usages = assemble(architecture, image.text);
         assert_eq!(usages.len(), image.kernels().count());
-        for prefix in ["gemv", "attention", "rms_norm", "sample"] {
+        for prefix in ["gemv", "gemm", "pack_panels", "attention", "prefill_attention", "rms_norm", "sample"]
+        {
             let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
             assert!(!hot.is_empty(), "no kernel is called {prefix}...");
             let most = hot.iter().max_by_key(|usage| usage.registers).unwrap();
@@ -96,7 +97,9 @@ fn each_kernel_is_a_module() {
             let module = image.module(name).unwrap();
             assert_eq!(module.matches(".entry ").count(), 1, "{name}");
             // Of each kind one, and all that share memory in other ways.
-            if !name.starts_with("gemv") || name.ends_with("q4_k") {
+            let of_many =
+                ["gemv", "gemm", "attention", "prefill_attention"].iter().any(|of| name.starts_with(of));
+            if !of_many || ["q4_k", "128", "h1"].iter().any(|one| name.ends_with(one)) {
                 let usages = assemble(image.arch, &module);
                 assert_eq!(usages.iter().map(|usage| usage.kernel.as_str()).collect::<Vec<_>>(), [*name]);
                 assembled += 1;
@@ -105,6 +108,20 @@ fn each_kernel_is_a_module() {
         println!("{}: {assembled} of {} kernels assembled by themselves", image.arch, names.len());
         let error = image.module("gemv").unwrap_err();
         assert!(error.to_string().contains("no kernel gemv"), "{error}");
+    }
+}
+
+#[test]
+fn products_for_many_tokens_use_tensor_cores() {
+    for image in ptx_images() {
+        let instruction = if image.arch == "sm_90a" { "wgmma.mma_async" } else { "mma.sync" };
+        for kernel in
+            ["gemm_tokens_128", "gemm_exact", "prefill_attention_d128", "prefill_attention_q8_0_d64"]
+        {
+            let body = image.module(kernel).unwrap();
+            assert!(body.contains(instruction), "{}: {kernel} has no {instruction}", image.arch);
+            assert!(!body.contains(".local"), "{}: {kernel} uses local memory", image.arch);
+        }
     }
 }
 

@@ -6,16 +6,18 @@
 //! of values, and two such parts combine into one of both. Where several blocks share a context, each leaves its part
 //! in device memory, and the last one to come combines them (flash-decoding: Dao et al., 2023): none waits.
 
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::kv_cache::KvFormat;
+use crate::kv_cache::{HalfKv, KvCodec, KvRef, Q8Kv};
 use crate::step::Step;
 use core::f32::consts::LOG2_E;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
-use cuda_std::float::{exp2, f16_to_f32, max, mul_add};
+use cuda_std::float::{exp2, max, mul_add};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, prefetch_l2, st_global_u32x4};
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_add_n, warp_reduce_max};
 use cuda_std::{kernel, shared_array};
-use half::f16;
 
 /// Warps in a block.
 pub const WARPS: usize = 8;
@@ -49,10 +51,10 @@ const LOWEST: f32 = -1e30;
 pub struct Arguments {
     /// Queries, `[n_head, head_dim]`.
     pub q: *const f32,
-    /// Keys, `[n_head_kv, n_ctx, head_dim]`, at a multiple of 16 bytes.
-    pub k_cache: *const f16,
-    /// Values, likewise.
-    pub v_cache: *const f16,
+    /// Keys.
+    pub k_cache: KvRef,
+    /// Values.
+    pub v_cache: KvRef,
     /// The result, `[n_head, head_dim]`.
     pub out: *mut f32,
     /// Holds the position.
@@ -85,19 +87,12 @@ pub struct Arguments {
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Arguments {}
 
-/// Eight f16 values.
-#[inline(always)]
-fn widen(words: [u32; 4]) -> [f32; DIMS] {
-    let half = |i: usize| f16_to_f32((words[i / 2] >> (16 * (i % 2))) as u16);
-    [half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7)]
-}
-
 /// Attention of `HEADS` query heads over a block's positions.
 ///
 /// # Safety
 /// The arguments are as their fields say; the cache is written at positions `0..=step.position`, which is below `n_ctx`.
 #[inline(always)]
-unsafe fn attend<const HEADS: usize>(a: Arguments) {
+unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     // Of each part: the values of all heads, and their largest scores and sums.
     let part_values = shared_array!(ATTENTION_VALUES: [f32; WARPS * MAX_HEADS * MAX_HEAD_DIM]);
     let part_max = shared_array!(ATTENTION_MAX: [f32; MAX_PARTS * MAX_HEADS]);
@@ -127,8 +122,9 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
     if is_active && thread < 2 {
         // All but the last position were written in earlier steps: they are on their way before the wait.
         let cache = if thread == 0 { a.k_cache } else { a.v_cache };
-        let from = cache.wrapping_add(head_offset + (start * a.head_dim) as usize);
-        prefetch_l2(from.cast(), (end - start) * a.head_dim * 2);
+        let from = head_offset + (start * a.head_dim) as usize;
+        let from = cache.values.wrapping_add(from * C::VALUE_BYTES as usize);
+        prefetch_l2(from, (end - start) * a.head_dim * C::VALUE_BYTES);
     }
     // Blocks that have nothing to do make room for the next kernel's; those that have wait, for all.
     if !is_active {
@@ -153,17 +149,14 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
         }
     };
     let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
-    // SAFETY: the head is one of the cache's.
-    let (keys, values) = unsafe {
-        let offset = head_offset + first_dim as usize;
-        (a.k_cache.add(offset), a.v_cache.add(offset))
-    };
-    let load = |from: *const f16, position: u32| -> [u32; 4] {
+    let (keys, values) = (a.k_cache, a.v_cache);
+    let load = |from: KvRef, position: u32| -> C::Raw {
         if position < end && has_dims {
-            // SAFETY: the position is written, and rows are multiples of 32 bytes long.
-            unsafe { ld_global_u32x4(from.add(position as usize * a.head_dim as usize).cast()) }
+            let at = head_offset + first_dim as usize + position as usize * a.head_dim as usize;
+            // SAFETY: the position is written.
+            unsafe { C::fetch(from, at) }
         } else {
-            [0; 4]
+            C::ZEROS
         }
     };
 
@@ -177,7 +170,7 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
         let (near, far) = (position, position + stride);
         let (k0, k1) = (load(keys, near), load(keys, far));
         let (v0, v1) = (load(values, near), load(values, far));
-        let (k0, k1) = (widen(k0), widen(k1));
+        let (k0, k1) = (C::widen(k0), C::widen(k1));
         let mut scores = [[0.0f32; 2]; HEADS];
         for head in 0..HEADS {
             for d in 0..DIMS {
@@ -187,7 +180,7 @@ unsafe fn attend<const HEADS: usize>(a: Arguments) {
         }
         // One meeting of the lanes for all scores.
         let scores = reduce(scores, a.lanes);
-        let (v0, v1) = (widen(v0), widen(v1));
+        let (v0, v1) = (C::widen(v0), C::widen(v1));
         for head in 0..HEADS {
             let s0 = if near < end { scores[head][0] } else { f32::NEG_INFINITY };
             let s1 = if far < end { scores[head][1] } else { f32::NEG_INFINITY };
@@ -394,8 +387,8 @@ fn reduce<const HEADS: usize>(scores: [[f32; 2]; HEADS], lanes: u32) -> [[f32; 2
 }
 
 macro_rules! define_kernels {
-    ($(($heads:literal, $suffix:ident))*) => {$(
-        #[doc = concat!("Blocks of ", stringify!($heads), " query heads.")]
+    ($(($heads:literal, $suffix:ident, $Codec:ident, $format:ident))*) => {$(
+        #[doc = concat!("Blocks of ", stringify!($heads), " query heads, a cache in ", stringify!($format), ".")]
         pub mod $suffix {
             use super::*;
 
@@ -411,31 +404,36 @@ macro_rules! define_kernels {
             /// # Thread mapping
             /// Blocks of [`BLOCK_DIM`] threads, grid `n_splits` by `n_head_kv * blocks_per_kv`: a row of the grid is a
             /// key-value head and some of its query heads; the row's first blocks share the context, as many as it is
-            /// worth, the others end at once. Bytes moved: 4 per position and dimension of each key-value head.
+            /// worth, the others end at once. Bytes moved: 4 per position and dimension of each
+            /// key-value head, 2 and its factors in Q8_0.
             #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 2))]
             pub unsafe fn attention(arguments: Arguments) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { attend::<$heads>(arguments) }
+                unsafe { attend::<$Codec, $heads>(arguments) }
             }
         }
     )*
 
-        /// The kernel for blocks of `heads` query heads.
+        /// The kernel for blocks of `heads` query heads and a format of the cache.
         ///
         /// # Panics
         /// When there is none: `heads` is not from 1 to [`MAX_HEADS`].
         #[cfg(not(target_arch = "nvptx64"))]
-        pub fn kernel_for(heads: usize) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
-            match heads {
-                $($heads => &$suffix::ATTENTION,)*
+        pub fn kernel_for(heads: usize, format: KvFormat) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
+            match (heads, format) {
+                $(($heads, KvFormat::$format) => &$suffix::ATTENTION,)*
                 _ => panic!("no attention kernel for {heads} heads"),
             }
         }
     };
 }
 define_kernels! {
-    (1, h1)
-    (2, h2)
-    (3, h3)
-    (4, h4)
+    (1, h1, HalfKv, F16)
+    (2, h2, HalfKv, F16)
+    (3, h3, HalfKv, F16)
+    (4, h4, HalfKv, F16)
+    (1, q8_0_h1, Q8Kv, Q8_0)
+    (2, q8_0_h2, Q8Kv, Q8_0)
+    (3, q8_0_h3, Q8Kv, Q8_0)
+    (4, q8_0_h4, Q8Kv, Q8_0)
 }

@@ -7,6 +7,9 @@
 //!
 //! Queries and weights are rounded to f16, as keys and values are; all sums are in f32.
 
+#[cfg(not(target_arch = "nvptx64"))]
+use crate::kv_cache::KvFormat;
+use crate::kv_cache::{HalfKv, KvCodec, KvRef, Q8Kv};
 use core::f32::consts::LOG2_E;
 use cuda_std::float::{exp2, f32_to_f16x2, max, min, mul_add};
 use cuda_std::grid::{let_next_start, wait_for_previous};
@@ -22,7 +25,6 @@ use cuda_std::warp::{
     FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add, warp_reduce_max, warp_vote_any,
 };
 use cuda_std::{dynamic_shared, kernel};
-use half::f16;
 
 /// Tokens that a warp takes.
 pub const WARP_TOKENS: usize = 16;
@@ -49,10 +51,10 @@ const F16_MAX: f32 = 65_504.0;
 pub struct Arguments {
     /// Queries, `[n_tokens, n_head, head_dim]`.
     pub q: *const f32,
-    /// Keys, `[n_head_kv, n_ctx, head_dim]`, at a multiple of 16 bytes.
-    pub k_cache: *const f16,
-    /// Values, likewise.
-    pub v_cache: *const f16,
+    /// Keys.
+    pub k_cache: KvRef,
+    /// Values.
+    pub v_cache: KvRef,
     /// The result, `[n_tokens, n_head, head_dim]`.
     pub out: *mut f32,
     /// The first token's position.
@@ -110,12 +112,20 @@ impl<const PANELS: usize> Share<PANELS> {
     }
 
     /// Starts copying 64 rows of a cache from `first` on into panels at word `at`; zeros beyond row `end` and beyond the
-    /// head.
+    /// head. `head_at` is the head's first value.
     ///
     /// # Safety
     /// The head's rows up to `end` are readable.
     #[inline(always)]
-    unsafe fn copy(self, memory: DynamicShared<u32>, at: u32, head: *const f16, first: u32, end: u32) {
+    unsafe fn copy<C: Tiles>(
+        self,
+        memory: DynamicShared<u32>,
+        at: u32,
+        cache: KvRef,
+        head_at: usize,
+        first: u32,
+        end: u32,
+    ) {
         if PANELS == 3 && self.piece >= Self::PANEL_PIECES * 3 {
             return;
         }
@@ -123,14 +133,43 @@ impl<const PANELS: usize> Share<PANELS> {
         let panel_at = at as usize + (self.piece / Self::PANEL_PIECES) as usize * PANEL_WORDS;
         let piece = (self.piece % Self::PANEL_PIECES) as usize;
         let mut row = self.row;
-        let mut from = head.wrapping_add(((first + row) * self.head_dim + 8 * self.piece) as usize);
+        let mut from = head_at + ((first + row) * self.head_dim + 8 * self.piece) as usize;
         while row < TILE_KEYS as u32 {
             let place = panel_at + row as usize * PANEL_ROW_WORDS + 4 * swizzled(row as usize, piece);
             // SAFETY: the piece is the head's where it is wanted.
-            unsafe { copy_async(memory, place, from.cast(), is_inside && first + row < end) };
+            unsafe { C::copy(memory, place, cache, from, is_inside && first + row < end) };
             row += self.row_step;
-            from = from.wrapping_add((self.row_step * self.head_dim) as usize);
+            from += (self.row_step * self.head_dim) as usize;
         }
+    }
+}
+
+/// A cache's way into panels.
+trait Tiles: KvCodec {
+    /// Puts values `from` to `from + 7` into four words at `place` as f16; zeros where they are not wanted. They are there
+    /// once the thread has waited for its copies.
+    ///
+    /// # Safety
+    /// They are written where they are wanted.
+    unsafe fn copy(memory: DynamicShared<u32>, place: usize, cache: KvRef, from: usize, is_wanted: bool);
+}
+
+impl Tiles for HalfKv {
+    #[inline(always)]
+    unsafe fn copy(memory: DynamicShared<u32>, place: usize, cache: KvRef, from: usize, is_wanted: bool) {
+        // SAFETY: the caller's promise.
+        unsafe { copy_async(memory, place, cache.values.wrapping_add(2 * from), is_wanted) };
+    }
+}
+
+impl Tiles for Q8Kv {
+    #[inline(always)]
+    unsafe fn copy(memory: DynamicShared<u32>, place: usize, cache: KvRef, from: usize, is_wanted: bool) {
+        // SAFETY: the caller's promise.
+        let raw = if is_wanted { unsafe { Self::fetch(cache, from) } } else { Self::ZEROS };
+        let [a, b, c, d, e, f, g, h] = Self::widen(raw);
+        let words = [f32_to_f16x2(a, b), f32_to_f16x2(c, d), f32_to_f16x2(e, f), f32_to_f16x2(g, h)];
+        memory.set4(place, words);
     }
 }
 
@@ -140,7 +179,7 @@ impl<const PANELS: usize> Share<PANELS> {
 /// The arguments are as their fields say; the cache is written up to the last token; the launch has the shared memory that
 /// [`shared_words`] gives.
 #[inline(always)]
-unsafe fn attend<const PANELS: usize>(a: Arguments) {
+unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
     let_next_start();
     wait_for_previous();
     let memory = dynamic_shared!(PREFILL_ATTENTION_MEMORY: [u32]);
@@ -155,8 +194,6 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
     let n_keys = a.position + (first_token + block_tokens).min(a.n_tokens);
     let n_rounds = n_keys.div_ceil(TILE_KEYS as u32 * a.splits);
     let kv_head = (head / a.heads_per_kv) as usize * a.n_ctx as usize * a.head_dim as usize;
-    // SAFETY: the head is one of the cache's.
-    let (keys, values) = unsafe { (a.k_cache.add(kv_head), a.v_cache.add(kv_head)) };
 
     let tiles_at = aligned_start(memory);
     let tile_words = (2 * PANELS * PANEL_WORDS) as u32;
@@ -170,8 +207,8 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
                 let (at, first) = (tile_at(round, split), (round * a.splits + split) * TILE_KEYS as u32);
                 // SAFETY: the cache is written up to the last token.
                 unsafe {
-                    share.copy(memory, at, keys, first, n_keys);
-                    share.copy(memory, at + tile_words / 2, values, first, n_keys);
+                    share.copy::<C>(memory, at, a.k_cache, kv_head, first, n_keys);
+                    share.copy::<C>(memory, at + tile_words / 2, a.v_cache, kv_head, first, n_keys);
                 }
             }
         }
@@ -339,9 +376,9 @@ unsafe fn attend<const PANELS: usize>(a: Arguments) {
 }
 
 macro_rules! define_kernels {
-    ($(($module:ident, $panels:literal))*) => {
+    ($(($module:ident, $panels:literal, $Codec:ident, $format:ident))*) => {
         $(
-            #[doc = concat!("Heads of ", stringify!($panels), " panels of 64 values.")]
+            #[doc = concat!("Heads of ", stringify!($panels), " panels of 64 values, a cache in ", stringify!($format), ".")]
             pub mod $module {
                 use super::*;
 
@@ -360,19 +397,28 @@ macro_rules! define_kernels {
                 #[kernel(suffix = $module, overlapping, launch_bounds(256, 1))]
                 pub unsafe fn prefill_attention(arguments: Arguments) {
                     // SAFETY: the caller keeps the contract above, which is the one asked for.
-                    unsafe { attend::<$panels>(arguments) }
+                    unsafe { attend::<$Codec, $panels>(arguments) }
                 }
             }
         )*
 
-        /// The kernel for heads of so many panels, 1 to [`MAX_PANELS`].
+        /// The kernel for heads of so many panels, 1 to [`MAX_PANELS`], and a format of the cache.
         #[cfg(not(target_arch = "nvptx64"))]
-        pub fn kernel_for(panels: usize) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
-            match panels {
-                $($panels => &$module::PREFILL_ATTENTION,)*
+        pub fn kernel_for(panels: usize, format: KvFormat) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
+            match (panels, format) {
+                $(($panels, KvFormat::$format) => &$module::PREFILL_ATTENTION,)*
                 _ => panic!("heads of {panels} panels"),
             }
         }
     };
 }
-define_kernels! { (d64, 1) (d128, 2) (d192, 3) (d256, 4) }
+define_kernels! {
+    (d64, 1, HalfKv, F16)
+    (d128, 2, HalfKv, F16)
+    (d192, 3, HalfKv, F16)
+    (d256, 4, HalfKv, F16)
+    (q8_0_d64, 1, Q8Kv, Q8_0)
+    (q8_0_d128, 2, Q8Kv, Q8_0)
+    (q8_0_d192, 3, Q8Kv, Q8_0)
+    (q8_0_d256, 4, Q8Kv, Q8_0)
+}

@@ -1,10 +1,13 @@
 //! Attention over the KV cache, and appending to it.
 
 use super::{Guarded, Random, assert_close, devices};
+use gpu_kernels::kv_cache::KvFormat;
 use gpu_kernels::step::Step;
 use half::f16;
 use host::device::Device;
-use host::ops::{self, AttentionShape, AttentionWorkspace, KvLayer};
+use host::ops::{
+    self, AttentionShape, AttentionWorkspace, Chunk, KvCache, KvLayer, KvStage, QuantizedKvLayer,
+};
 
 /// Keys and values for `n_ctx` positions, of which the first `length` are real and the rest poisoned with NaN.
 pub(super) struct Cache {
@@ -183,4 +186,120 @@ fn head_sizes_that_kernels_cannot_take_are_refused() {
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
     let error = run(AttentionShape { n_head: 4, scale: 1.0 }).unwrap_err().to_string();
     assert!(error.contains("128 are needed"), "{error}");
+}
+
+/// A cache in Q8_0 whose first `length` positions are the cache's, and what it holds after rounding.
+fn quantized(device: &Device, cache: &Cache, length: usize) -> (QuantizedKvLayer, Cache) {
+    let &Cache { n_head_kv, n_ctx, head_dim, .. } = cache;
+    let mut layer = QuantizedKvLayer::alloc(device, n_head_kv, n_ctx, head_dim).unwrap();
+    let mut stage = KvStage::alloc(device, n_head_kv, n_ctx, head_dim).unwrap();
+    device.upload(&mut stage.layer.k, &cache.k).unwrap();
+    device.upload(&mut stage.layer.v, &cache.v).unwrap();
+    let steps: Vec<Step> = (0..length).map(|p| Step { token: 0, position: p as u32 }).collect();
+    let steps = device.alloc_from(&steps).unwrap();
+    ops::quantize_kv(device, &stage, &steps, length, &mut layer).unwrap();
+
+    let round = |values: &[f16]| -> Vec<f16> {
+        let round = |block: &[f16]| -> Vec<f16> {
+            let amax = block.iter().fold(0.0f32, |max, v| max.max(v.to_f32().abs()));
+            let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
+            let d = f16::from_f32(amax / 127.0).to_f32();
+            block.iter().map(|v| f16::from_f32((v.to_f32() * inverse).round_ties_even() * d)).collect()
+        };
+        values.chunks(32).flat_map(round).collect()
+    };
+    let rounded = Cache {
+        layer: KvLayer::alloc(device, n_head_kv, n_ctx, head_dim).unwrap(),
+        k: round(&cache.k),
+        v: round(&cache.v),
+        ..*cache
+    };
+    (layer, rounded)
+}
+
+#[test]
+fn attention_over_a_cache_in_q8_0_matches_f64() {
+    for device in devices() {
+        for (n_head, n_head_kv, head_dim, length) in [
+            (3, 1, 64, 77),
+            (4, 2, 128, 300),
+            (2, 2, 96, 1),
+            (7, 1, 128, 65),
+            (2, 1, 256, 130),
+            (5, 1, 32, 64),
+        ] {
+            let mut random = Random::new((length + head_dim) as u64);
+            let exact = cache(device, n_head_kv, length + 3, head_dim, length, &mut random);
+            let (layer, rounded) = quantized(device, &exact, length);
+            let q: Vec<f32> = random.vector(n_head * head_dim).into_iter().map(|v| 6.0 * v).collect();
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let expected = reference(&q, &rounded, length, scale.into());
+            let what = format!("{n_head}:{n_head_kv} heads of {head_dim}, {length} positions");
+
+            let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
+            let q = device.alloc_from(&q).unwrap();
+            let shape = AttentionShape { n_head, scale };
+            let mut workspace =
+                AttentionWorkspace::with_splits(device, n_head, n_head_kv, head_dim, 3).unwrap();
+            let mut out = Guarded::new(device, n_head * head_dim);
+            ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out.buffer).unwrap();
+            // The reference's keys and values are rounded to f16 once more.
+            assert_close(&out.finish(device, &what), &expected, 3e-3, 2.0, &what);
+
+            let mut out = Guarded::new(device, n_head * head_dim);
+            let chunk = Chunk { position: length - 1, n_tokens: 1 };
+            ops::prefill_attention(device, &q, &layer, chunk, shape, &mut out.buffer).unwrap();
+            assert_close(&out.finish(device, &what), &expected, 5e-3, 2.0, &what);
+        }
+    }
+}
+
+#[test]
+fn quantize_kv_matches_its_twin_and_leaves_other_positions() {
+    for device in devices() {
+        let (n_head_kv, n_ctx, head_dim) = (3, 9, 96);
+        let mut random = Random::new(7);
+        let stage_values = [(); 2].map(|()| random.vector(n_head_kv * 4 * head_dim));
+        let mut stage = KvStage::alloc(device, n_head_kv, 4, head_dim).unwrap();
+        let halves = |values: &[f32]| -> Vec<f16> { values.iter().map(|&v| f16::from_f32(v)).collect() };
+        device.upload(&mut stage.layer.k, &halves(&stage_values[0])).unwrap();
+        device.upload(&mut stage.layer.v, &halves(&stage_values[1])).unwrap();
+        let mut cache = KvCache::alloc(device, KvFormat::Q8_0, n_head_kv, n_ctx, head_dim).unwrap();
+        cache.fill_with_noise(device, 1).unwrap();
+        let before = cache.to_f32(device).unwrap();
+        // Three tokens, not in order.
+        let positions = [5, 2, 8];
+        let steps = device.alloc_from(&positions.map(|position| Step { token: 0, position })).unwrap();
+        let KvCache::Q8_0(layer) = &mut cache else { panic!("a cache in Q8_0 was asked for") };
+        ops::quantize_kv(device, &stage, &steps, 3, layer).unwrap();
+        let after = cache.to_f32(device).unwrap();
+        for (i, (&found, &before)) in after.iter().zip(&before).enumerate() {
+            let (which, i) = (i / (n_head_kv * n_ctx * head_dim), i % (n_head_kv * n_ctx * head_dim));
+            let (head, position, d) = (i / head_dim / n_ctx, i / head_dim % n_ctx, i % head_dim);
+            let Some(token) = positions.iter().position(|&p| p as usize == position) else {
+                assert_eq!(found, before, "position {position} was written");
+                continue;
+            };
+            let row = &stage_values[which][(head * 4 + token) * head_dim..][..head_dim];
+            let row: Vec<f32> = row.iter().map(|&v| f16::from_f32(v).to_f32()).collect();
+            let amax = row[d / 32 * 32..][..32].iter().fold(0.0f32, |max, v| max.max(v.abs()));
+            let wanted = (row[d] * (127.0 / amax)).round_ties_even() * f16::from_f32(amax / 127.0).to_f32();
+            assert_eq!(found, wanted, "head {head}, position {position}, {d}");
+        }
+    }
+}
+
+#[test]
+fn caches_that_q8_0_cannot_hold_are_refused() {
+    let device = &devices()[0];
+    let error = QuantizedKvLayer::alloc(device, 1, 4, 80).unwrap_err().to_string();
+    assert!(error.contains("a multiple of 32 values, found 80"), "{error}");
+    let stage = KvStage::alloc(device, 2, 4, 64).unwrap();
+    let steps = device.alloc_from(&[Step::default(); 5]).unwrap();
+    let run = |n_head_kv, n_tokens| {
+        let mut cache = QuantizedKvLayer::alloc(device, n_head_kv, 8, 64).unwrap();
+        ops::quantize_kv(device, &stage, &steps, n_tokens, &mut cache).unwrap_err().to_string()
+    };
+    assert!(run(1, 1).contains("2 heads of 64 values for a cache of 1 heads of 64"));
+    assert!(run(2, 5).contains("5 tokens of a stage for 4"));
 }

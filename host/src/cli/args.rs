@@ -7,7 +7,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use host::config::Preset;
 use host::device::DeviceChoice;
-use host::model::{Activations, Fusion, ModelOptions};
+use host::model::{Activations, Fusion, KvFormat, ModelOptions};
 use host::sampling::SamplingOptions;
 
 /// The version, with the commit where it is known.
@@ -107,6 +107,10 @@ pub(crate) struct RunArgs {
     /// Run N tokens of a prompt at once [default: 512, on the CPU 64]
     #[arg(long, value_name = "N")]
     pub(crate) batch: Option<usize>,
+
+    /// How keys and values are stored; q8_0 takes little more than half of the memory
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) kv_type: KvTypeArg,
 }
 
 impl RunArgs {
@@ -117,6 +121,7 @@ impl RunArgs {
             fusion: if self.unfused { Fusion::Unfused } else { Fusion::Fused },
             n_ctx: self.ctx.or(n_ctx),
             n_batch: self.batch,
+            kv_format: self.kv_type.into(),
         }
     }
 }
@@ -162,6 +167,33 @@ impl From<ActivationsArg> for Activations {
         match activations {
             ActivationsArg::Q8_1 => Self::Q8_1,
             ActivationsArg::F32 => Self::F32,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+pub(crate) enum KvTypeArg {
+    #[default]
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl KvTypeArg {
+    /// The name on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+        }
+    }
+}
+
+impl From<KvTypeArg> for KvFormat {
+    fn from(kv_type: KvTypeArg) -> Self {
+        match kv_type {
+            KvTypeArg::F16 => Self::F16,
+            KvTypeArg::Q8_0 => Self::Q8_0,
         }
     }
 }

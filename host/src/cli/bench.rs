@@ -28,6 +28,7 @@ struct Report {
     model: Option<String>,
     device: String,
     activations: &'static str,
+    kv_type: &'static str,
     weight_bytes_per_token: u64,
     /// Tokens in the cache before the clock runs.
     depth: usize,
@@ -69,6 +70,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         model: model.config().name.clone(),
         device: model.device().describe(),
         activations: args.run.activations.name(),
+        kv_type: args.run.kv_type.name(),
         weight_bytes_per_token: model.weight_bytes_per_token(),
         depth: args.depth,
         results: measure_all(args, &model, &tokens)?,
@@ -180,8 +182,8 @@ fn print_table(report: &Report) -> io::Result<()> {
     }
     let mut out = io::stdout().lock();
     let name = report.file.as_deref().or(report.model.as_deref()).unwrap_or("the model");
-    let Report { activations, depth, version, .. } = report;
-    writeln!(out, "{name}, activations {activations}, depth {depth}, host {version}")?;
+    let Report { activations, kv_type, depth, version, .. } = report;
+    writeln!(out, "{name}, activations {activations}, cache {kv_type}, depth {depth}, host {version}")?;
     writeln!(out, "{}", table.trim_fmt())?;
     out.flush()
 }

@@ -12,10 +12,11 @@ use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{
-    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvLayer, ManyOutput, Matrix, Norm, Output,
-    Panels, Q8_1Vector, QkvWeights,
+    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvCache, KvStage, ManyOutput, Matrix, Norm,
+    Output, Panels, Q8_1Vector, QkvWeights,
 };
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use gpu_kernels::kv_cache::KvFormat;
 use gpu_kernels::step::Step;
 
 /// What goes through the model at once.
@@ -85,10 +86,20 @@ pub struct Buffers {
     pub(super) ffn: FfnBuffers,
     /// Inputs of products for many tokens, of at most the largest of `n_embd`, `n_head * head_dim` and `n_ff` columns.
     panels: Option<Panels>,
+    /// Where keys and values wait to be quantized, for a cache in Q8_0.
+    pub(super) stage: Option<KvStage>,
     /// What attention's blocks leave each other, for one token.
     pub(super) attention: AttentionWorkspace,
     /// What only the unfused pass needs.
     pub(super) unfused: unfused::Buffers,
+}
+
+/// A stage for as many tokens, where the cache's format needs one.
+fn stage(device: &Device, config: &Config, format: KvFormat, n_tokens: usize) -> Result<Option<KvStage>> {
+    match format {
+        KvFormat::F16 => Ok(None),
+        KvFormat::Q8_0 => KvStage::alloc(device, config.n_head_kv, n_tokens, config.head_dim).map(Some),
+    }
 }
 
 /// Values from one token's row to the next, of many tokens.
@@ -101,9 +112,10 @@ impl Buffers {
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn alloc(device: &Device, config: &Config) -> Result<Self> {
+    pub fn alloc(device: &Device, config: &Config, kv_format: KvFormat) -> Result<Self> {
         let n_q = config.n_head * config.head_dim;
         Ok(Self {
+            stage: stage(device, config, kv_format, 1)?,
             steps: device.alloc_from(&[Step::default()])?,
             rotation: device.alloc(config.rope.n_rot / 2)?,
             x: device.alloc(config.n_embd)?,
@@ -124,7 +136,7 @@ impl Buffers {
         device: &Device,
         config: &Config,
         n_tokens: usize,
-        activations: Activations,
+        settings: &Settings,
         gate_up: bool,
     ) -> Result<Self> {
         let n_q = config.n_head * config.head_dim;
@@ -140,8 +152,9 @@ impl Buffers {
                 gate_up: device.alloc(if gate_up { n_tokens * n_ff } else { 0 })?,
                 hidden_q8: Q8_1Vector::alloc(device, 0)?,
             },
-            panels: Some(Panels::alloc(device, n_tokens, widest, activations == Activations::F32)?),
-            ..Self::alloc(device, config)?
+            panels: Some(Panels::alloc(device, n_tokens, widest, settings.activations == Activations::F32)?),
+            stage: stage(device, config, settings.kv_format, n_tokens)?,
+            ..Self::alloc(device, config, KvFormat::F16)?
         })
     }
 }
@@ -153,7 +166,7 @@ pub(super) fn forward(
     device: &Device,
     weights: &Weights,
     settings: &Settings,
-    caches: &mut [KvLayer],
+    caches: &mut [KvCache],
     b: &mut Buffers,
     tokens: Tokens,
     logits: Option<&mut Buffer<f32>>,
@@ -211,7 +224,7 @@ pub fn layer(
     device: &Device,
     weights: &Layer,
     settings: &Settings,
-    cache: &mut KvLayer,
+    cache: &mut KvCache,
     b: &mut Buffers,
     tokens: Tokens,
     index: usize,
@@ -227,10 +240,10 @@ pub fn layer(
     probe.after(Op::QRope, index, device, &b.q)?;
     match tokens {
         Tokens::One => {
-            ops::attention(device, &b.q, cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
+            ops::attention(device, &b.q, &*cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
         }
         Tokens::Many(chunk) if activations == Activations::Q8_1 => {
-            ops::prefill_attention(device, &b.q, cache, chunk, attention, &mut b.heads)?;
+            ops::prefill_attention(device, &b.q, &*cache, chunk, attention, &mut b.heads)?;
         }
         Tokens::Many(chunk) => exact_attention(device, chunk, cache, attention, b)?,
     }
@@ -260,7 +273,7 @@ pub fn layer(
 fn exact_attention(
     device: &Device,
     chunk: Chunk,
-    cache: &KvLayer,
+    cache: &KvCache,
     shape: AttentionShape,
     b: &mut Buffers,
 ) -> Result<()> {
@@ -279,21 +292,31 @@ fn queries_keys_values(
     weights: &Layer,
     settings: &Settings,
     norm: Option<Norm>,
-    cache: &mut KvLayer,
+    cache: &mut KvCache,
     b: &mut Buffers,
     tokens: Tokens,
 ) -> Result<()> {
     let (matrices, rope) = (qkv(weights), &settings.rope);
+    // To a cache in Q8_0 they go by way of the stage.
+    let (layer, steps) = match (&mut *cache, &mut b.stage) {
+        (KvCache::F16(layer), _) => (layer, &b.steps),
+        (KvCache::Q8_0(_), Some(stage)) => (&mut stage.layer, &stage.rows),
+        (KvCache::Q8_0(_), None) => bail!("the buffers have no stage for a cache in Q8_0"),
+    };
     match tokens {
         Tokens::One => {
             let x = input(settings.activations, &b.x);
-            ops::gemv_qkv(device, matrices, x, norm, rope, &b.rotation, &b.steps, &mut b.q, cache)
+            ops::gemv_qkv(device, matrices, x, norm, rope, &b.rotation, steps, &mut b.q, layer)?;
         }
         Tokens::Many(_) => {
             let n_embd = weights.attn_q.weight.n_cols();
             let panels = pack(device, b.panels.as_mut(), &b.x, tokens.len(), n_embd, norm)?;
-            ops::gemm_qkv(device, matrices, panels, rope, &b.rotation, &b.steps, &mut b.q, cache)
+            ops::gemm_qkv(device, matrices, panels, rope, &b.rotation, steps, &mut b.q, layer)?;
         }
+    }
+    match (cache, &b.stage) {
+        (KvCache::Q8_0(cache), Some(stage)) => ops::quantize_kv(device, stage, &b.steps, tokens.len(), cache),
+        _ => Ok(()),
     }
 }
 

@@ -17,6 +17,8 @@ use crate::device::Device;
 use crate::gguf::Gguf;
 use crate::ops::{AttentionShape, Rope};
 use anyhow::{Context as _, Result, ensure};
+pub use gpu_kernels::kv_cache::KvFormat;
+use gpu_kernels::kv_cache::Q8_0_BLOCK;
 use source::TensorSource;
 
 /// How activations meet the weights.
@@ -52,6 +54,8 @@ pub struct ModelOptions {
     /// Tokens of a prompt that go through the model at once; by default [`DEFAULT_N_BATCH`], on the CPU
     /// [`DEFAULT_N_BATCH_CPU`].
     pub n_batch: Option<usize>,
+    /// How keys and values are stored.
+    pub kv_format: KvFormat,
 }
 
 /// Room in the KV cache where none is asked for: more costs memory whether it is used or not.
@@ -91,6 +95,16 @@ pub struct Settings {
     pub n_head_kv: usize,
     /// How queries and keys are rotated.
     pub rope: Rope,
+    /// How keys and values are stored.
+    pub kv_format: KvFormat,
+}
+
+/// Bytes of `n` keys or values in the cache.
+pub(crate) fn kv_bytes(format: KvFormat, n: usize) -> usize {
+    match format {
+        KvFormat::F16 => n * size_of::<half::f16>(),
+        KvFormat::Q8_0 => n + n / Q8_0_BLOCK * size_of::<half::f16>(),
+    }
 }
 
 impl Model {
@@ -157,6 +171,7 @@ impl Model {
                 layout: config.rope.layout,
                 magnitude: config.rope.magnitude(),
             },
+            kv_format: options.kv_format,
         };
         let weights = Weights::load(&device, source, &config, progress)?;
         Ok(Self { device, config, settings, n_ctx, n_batch, weights })
@@ -205,7 +220,7 @@ impl Model {
     /// Bytes of keys and values that one decode step reads with `n` tokens in the cache.
     pub fn kv_bytes_per_token(&self, n: usize) -> u64 {
         let Config { n_layer, n_head_kv, head_dim, .. } = self.config;
-        (2 * n_layer * n_head_kv * head_dim * size_of::<half::f16>() * n) as u64
+        (2 * n_layer * kv_bytes(self.settings.kv_format, n_head_kv * head_dim) * n) as u64
     }
 
     /// An empty conversation with the model: its own KV cache and scratch buffers.

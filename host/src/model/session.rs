@@ -7,7 +7,7 @@ use super::trace::{Halt, Op, Point, Probe};
 use super::weights::GateUp;
 use super::{Fusion, Model, weights};
 use crate::device::{Buffer, HostBuffer, Recording, Signal};
-use crate::ops::{self, Chunk, KvLayer};
+use crate::ops::{self, Chunk, KvCache};
 use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
@@ -36,7 +36,7 @@ pub struct Session<'m> {
     /// Those of several tokens, once somebody has wanted them: `[LOGITS_AT_ONCE, n_vocab]`, rows filled up to a multiple of
     /// four values.
     many_logits: Option<Buffer<f32>>,
-    caches: Vec<KvLayer>,
+    caches: Vec<KvCache>,
     /// Where [`greedy`](Self::greedy) leaves its token.
     next: Buffer<u32>,
     /// How the device is to choose, and where it leaves the tokens that it chose: the one after position `p` in place
@@ -77,14 +77,15 @@ enum RecordedStep {
 impl<'m> Session<'m> {
     pub(super) fn new(model: &'m Model) -> Result<Self> {
         let (device, config) = (&model.device, &model.config);
-        let cache = |_| KvLayer::alloc(device, config.n_head_kv, model.n_ctx, config.head_dim);
+        let kv_format = model.settings.kv_format;
+        let cache = |_| KvCache::alloc(device, kv_format, config.n_head_kv, model.n_ctx, config.head_dim);
         let caches = (0..config.n_layer).map(cache).collect::<Result<_>>();
         let caches = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
         let n_batch = model.n_batch.min(model.n_ctx);
         let many = if model.settings.fusion == Fusion::Fused && n_batch >= MIN_CHUNK {
             let layers = &model.weights.layers;
             let has_apart = layers.iter().any(|layer| matches!(layer.ffn_gate_up, GateUp::Apart { .. }));
-            let many = Buffers::alloc_many(device, config, n_batch, model.settings.activations, has_apart);
+            let many = Buffers::alloc_many(device, config, n_batch, &model.settings, has_apart);
             Some(many.with_context(|| format!("no room for {n_batch} tokens at a time (--batch)"))?)
         } else {
             None
@@ -92,7 +93,7 @@ impl<'m> Session<'m> {
         Ok(Self {
             model,
             steps: [const { RecordedStep::Fresh }; 3],
-            buffers: Buffers::alloc(device, config)?,
+            buffers: Buffers::alloc(device, config, kv_format)?,
             many,
             logits: device.alloc(config.n_vocab)?,
             many_logits: None,

@@ -1,7 +1,7 @@
 //! Stopping or watching a run after any operation: for debugging a kernel, for timing, and for tests.
 
 use crate::device::{Buffer, Device};
-use crate::ops::{KvLayer, Q8_1Vector};
+use crate::ops::{KvCache, Q8_1Vector};
 use anyhow::Result;
 use std::fmt;
 
@@ -144,9 +144,8 @@ impl Values for Q8_1Vector {
     }
 }
 
-impl Values for KvLayer {
+impl Values for KvCache {
     fn values(&self, device: &Device) -> Result<Vec<f32>> {
-        let (k, v) = (device.to_vec(&self.k)?, device.to_vec(&self.v)?);
-        Ok(k.into_iter().chain(v).map(f32::from).collect())
+        self.to_f32(device)
     }
 }

@@ -7,8 +7,8 @@ use super::weights::{GateUp, Layer, Linear, Weights};
 use super::{Activations, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
-use crate::ops::{self, Input, KvLayer, Output, Q8_1Vector};
-use anyhow::Result;
+use crate::ops::{self, Input, KvCache, Output, Q8_1Vector};
+use anyhow::{Result, anyhow};
 
 /// The buffers that only this pass needs.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ pub(super) fn layer(
     device: &Device,
     weights: &Layer,
     settings: &Settings,
-    cache: &mut KvLayer,
+    cache: &mut KvCache,
     b: &mut forward::Buffers,
     index: usize,
     probe: Probe,
@@ -65,9 +65,18 @@ pub(super) fn layer(
     probe.after(Op::QRope, index, device, &b.q)?;
     ops::rope(device, &mut u.k, rope, &b.steps, n_head_kv, head_dim)?;
     probe.after(Op::KRope, index, device, &u.k)?;
-    ops::kv_append(device, &u.k, &u.v, cache, &b.steps)?;
+    match (&mut *cache, &mut b.stage) {
+        (KvCache::F16(layer), _) => ops::kv_append(device, &u.k, &u.v, layer, &b.steps)?,
+        (KvCache::Q8_0(cache), Some(stage)) => {
+            ops::kv_append(device, &u.k, &u.v, &mut stage.layer, &stage.rows)?;
+            ops::quantize_kv(device, stage, &b.steps, 1, cache)?;
+        }
+        (KvCache::Q8_0(_), None) => {
+            return Err(anyhow!("the buffers have no stage for a cache in Q8_0").into());
+        }
+    }
     probe.after(Op::KvAppend, index, device, cache)?;
-    ops::attention(device, &b.q, cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
+    ops::attention(device, &b.q, &*cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
     let heads = input(device, activations, &b.heads, &mut u.heads_q8, probe, Op::AttentionQ8, index)?;
     ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x))?;

@@ -1,6 +1,6 @@
 //! Launchers of the operations on heads: rotation, the KV cache, attention.
 
-use super::{Chunk, KvLayer, Rope, aligned, at_least, dim, launch_1d};
+use super::{Chunk, KvLayer, KvView, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
 use cuda_std::tensor::PANEL_DEPTH;
@@ -9,7 +9,7 @@ use gpu_kernels::prefill_attention::{self as prefill_kernel, MAX_WARPS, WARP_TOK
 use gpu_kernels::step::Step;
 use gpu_kernels::{attention as attention_kernel, kv_cache, rope as rope_kernel};
 
-/// The shape of an attention operation over a [`KvLayer`].
+/// The shape of an attention operation over a cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
     /// Query heads, a multiple of the cache's heads (GQA).
@@ -150,16 +150,16 @@ fn deal_heads(n_head: usize, n_head_kv: usize) -> Result<(usize, usize)> {
 /// # Errors
 /// When `n_head` is not a multiple of the cache's heads, a buffer is too short, the workspace is of another shape, or the
 /// launch fails.
-pub fn attention(
+pub fn attention<'a>(
     device: &Device,
     q: &Buffer<f32>,
-    cache: &KvLayer,
+    cache: impl Into<KvView<'a>>,
     step: &Buffer<Step>,
     shape: AttentionShape,
     workspace: &mut AttentionWorkspace,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
-    let AttentionShape { n_head, scale } = shape;
+    let (cache, AttentionShape { n_head, scale }) = (cache.into(), shape);
     let (blocks_per_kv, heads) = deal_heads(n_head, cache.n_head_kv)?;
     let (n_rows, n_splits) = (cache.n_head_kv * blocks_per_kv, workspace.n_splits);
     at_least("attention", "q", q, n_head * cache.head_dim)?;
@@ -170,8 +170,8 @@ pub fn attention(
     at_least("attention", "workspace.n_ended", &workspace.n_ended, n_rows)?;
     let arguments = attention_kernel::Arguments {
         q: q.as_ptr(),
-        k_cache: cache.k.as_ptr(),
-        v_cache: cache.v.as_ptr(),
+        k_cache: cache.k,
+        v_cache: cache.v,
         out: out.as_mut_ptr(),
         step: step.as_ptr(),
         split_values: workspace.values.as_mut_ptr(),
@@ -189,7 +189,7 @@ pub fn attention(
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
     config.grid[1] = dim(n_rows)?;
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
-    unsafe { device.launch(attention_kernel::kernel_for(heads), config, (arguments,)) }
+    unsafe { device.launch(attention_kernel::kernel_for(heads, cache.format), config, (arguments,)) }
 }
 
 /// Attention of a chunk's tokens, `[n_tokens, n_head, head_dim]`, over the cache: each sees the positions up to its own. The
@@ -198,15 +198,16 @@ pub fn attention(
 /// # Errors
 /// When `n_head` is not a multiple of the cache's heads, the chunk does not fit the cache, a buffer is too short, or the
 /// launch fails.
-pub fn prefill_attention(
+pub fn prefill_attention<'a>(
     device: &Device,
     q: &Buffer<f32>,
-    cache: &KvLayer,
+    cache: impl Into<KvView<'a>>,
     chunk: Chunk,
     shape: AttentionShape,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
     let (AttentionShape { n_head, scale }, Chunk { position, n_tokens }) = (shape, chunk);
+    let cache = cache.into();
     let head_dim = cache.head_dim;
     deal_heads(n_head, cache.n_head_kv)?;
     ensure!(n_tokens > 0, "prefill_attention: there are no tokens");
@@ -233,8 +234,8 @@ pub fn prefill_attention(
     let block_tokens = warps / splits * WARP_TOKENS;
     let arguments = prefill_kernel::Arguments {
         q: q.as_ptr(),
-        k_cache: cache.k.as_ptr(),
-        v_cache: cache.v.as_ptr(),
+        k_cache: cache.k,
+        v_cache: cache.v,
         out: out.as_mut_ptr(),
         position: dim(position)?,
         n_tokens: dim(n_tokens)?,
@@ -250,5 +251,5 @@ pub fn prefill_attention(
     config.grid[1] = dim(n_head)?;
     config.dynamic_shared_bytes = bytes((warps, splits, stages)) as u32;
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
-    unsafe { device.launch(prefill_kernel::kernel_for(panels), config, (arguments,)) }
+    unsafe { device.launch(prefill_kernel::kernel_for(panels, cache.format), config, (arguments,)) }
 }

@@ -6,6 +6,7 @@ mod attention;
 mod elementwise;
 mod gemm;
 mod gemv;
+mod kv;
 mod matrix;
 mod read;
 mod types;
@@ -14,9 +15,10 @@ pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, pr
 pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
+pub use kv::{KvCache, KvLayer, KvStage, KvView, QuantizedKvLayer, quantize_kv};
 pub use matrix::{Matrix, Packer};
 pub use read::read;
-pub use types::{Chunk, Input, KvLayer, Norm, Q8_1Vector, Rope};
+pub use types::{Chunk, Input, Norm, Q8_1Vector, Rope};
 
 use crate::device::Buffer;
 use anyhow::{Context as _, Result, ensure};

@@ -1,13 +1,9 @@
 //! What the operations work on, beyond plain buffers.
 
-use super::launch_1d;
 use crate::device::{Buffer, Device};
-use anyhow::{Context as _, Result, ensure};
+use anyhow::Result;
 use gpu_kernels::activations::{Q8_1_BLOCK, Q8_1Scale};
-use gpu_kernels::attention::{HEAD_DIM_STEP, MAX_HEAD_DIM};
-use gpu_kernels::random;
 use gpu_kernels::rope::RopeLayout;
-use half::f16;
 
 /// A Q8_1 vector in device memory ([`gpu_kernels::activations`]).
 #[derive(Debug)]
@@ -92,52 +88,6 @@ pub struct Chunk {
     pub position: usize,
     /// The tokens.
     pub n_tokens: usize,
-}
-
-/// A layer's KV cache: two arrays of shape `[n_head_kv, n_ctx, head_dim]`.
-#[derive(Debug)]
-pub struct KvLayer {
-    pub(super) n_head_kv: usize,
-    pub(super) n_ctx: usize,
-    pub(super) head_dim: usize,
-    /// Keys, rotated.
-    pub k: Buffer<f16>,
-    /// Values.
-    pub v: Buffer<f16>,
-}
-
-impl KvLayer {
-    /// Room for `n_ctx` tokens, nothing in it.
-    ///
-    /// # Errors
-    /// When the head size is not a multiple of 16 up to 256, or the device has no room.
-    pub fn alloc(device: &Device, n_head_kv: usize, n_ctx: usize, head_dim: usize) -> Result<Self> {
-        ensure!(
-            head_dim > 0 && head_dim <= MAX_HEAD_DIM && head_dim.is_multiple_of(HEAD_DIM_STEP),
-            "the head size must be a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}, found {head_dim}"
-        );
-        ensure!(n_head_kv > 0 && n_ctx > 0, "a KV cache of {n_head_kv} heads and {n_ctx} positions is empty");
-        let len = n_head_kv.checked_mul(n_ctx).and_then(|n| n.checked_mul(head_dim));
-        let len = len.context("the KV cache is too large to address")?;
-        Ok(Self { n_head_kv, n_ctx, head_dim, k: device.alloc(len)?, v: device.alloc(len)? })
-    }
-}
-
-impl KvLayer {
-    /// Fills all positions with random numbers, for timing.
-    ///
-    /// # Errors
-    /// When a launch fails.
-    pub fn fill_with_noise(&mut self, device: &Device, seed: u32) -> Result<()> {
-        for (buffer, seed) in [(&mut self.k, seed), (&mut self.v, !seed)] {
-            let blocks = buffer.len().div_ceil(random::BLOCK_DIM).min(4096);
-            let config = launch_1d(blocks, random::BLOCK_DIM)?;
-            let arguments = (buffer.as_mut_ptr(), buffer.len() as u64, seed);
-            // SAFETY: the buffer has as many values.
-            unsafe { device.launch(&random::RANDOM_VALUES, config, arguments)? };
-        }
-        Ok(())
-    }
 }
 
 /// How queries and keys are rotated.

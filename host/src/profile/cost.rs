@@ -1,7 +1,7 @@
 //! What an operation has to move and to compute, whatever the kernel makes of it.
 
 use crate::device::Buffer;
-use crate::model::{Activations, Fusion, GateUp, Linear, Model, Op, Point};
+use crate::model::{Activations, Fusion, GateUp, Linear, Model, Op, Point, kv_bytes};
 use crate::ops::Matrix;
 use anyhow::Result;
 use gpu_kernels::activations::{Q8_1_BLOCK, Q8_1Scale};
@@ -76,11 +76,6 @@ const fn f32s(n: usize) -> usize {
     n * size_of::<f32>()
 }
 
-/// Bytes of `n` values in the KV cache.
-const fn f16s(n: usize) -> usize {
-    n * size_of::<half::f16>()
-}
-
 /// Bytes of `n` values in Q8_1.
 const fn q8_1s(n: usize) -> usize {
     n.next_multiple_of(Q8_1_BLOCK) + n.div_ceil(Q8_1_BLOCK) * size_of::<Q8_1Scale>()
@@ -105,6 +100,7 @@ pub fn cost(model: &Model, Point { op, layer }: Point, n_positions: usize) -> Re
         (Fusion::Unfused, Activations::Q8_1) => q8_1s(n),
         _ => f32s(n),
     };
+    let cached = |n| kv_bytes(settings.kv_format, n);
     let norm = |gamma: &Buffer<f32>| if is_fused { Cost::weights(gamma.n_bytes()) } else { Cost::default() };
 
     Ok(match op {
@@ -128,15 +124,15 @@ pub fn cost(model: &Model, Point { op, layer }: Point, n_positions: usize) -> Re
         Op::V => Cost::linear(&layer.attn_v) + Cost::other(input(n_embd) + f32s(n_kv)),
         Op::QRope if is_fused => {
             let linears = [&layer.attn_q, &layer.attn_k, &layer.attn_v];
-            let vectors = input(n_embd) + rotation + f32s(n_q) + 2 * f16s(n_kv);
+            let vectors = input(n_embd) + rotation + f32s(n_q) + 2 * cached(n_kv);
             norm(&layer.attn_norm) + linears.into_iter().map(Cost::linear).sum() + Cost::other(vectors)
         }
         Op::QRope => Cost::other(2 * f32s(n_q) + frequencies),
         Op::KRope => Cost::other(2 * f32s(n_kv) + frequencies),
-        Op::KvAppend => Cost::other(2 * f32s(n_kv) + 2 * f16s(n_kv)),
+        Op::KvAppend => Cost::other(2 * f32s(n_kv) + 2 * cached(n_kv)),
         Op::Attention => Cost {
             flops: 4 * (n_positions * n_q) as u64,
-            ..Cost::other(2 * f16s(n_kv) * n_positions + 2 * f32s(n_q))
+            ..Cost::other(2 * cached(n_kv) * n_positions + 2 * f32s(n_q))
         },
         Op::AttnOutput => Cost::matrix(&layer.attn_output) + Cost::other(input(n_q) + 2 * f32s(n_embd)),
         Op::FfnGateUp => Cost::gate_up(&layer.ffn_gate_up) + Cost::other(input(n_embd) + 2 * f32s(n_ff)),
