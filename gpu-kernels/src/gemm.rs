@@ -468,5 +468,5 @@ define_kernels! {
     (tokens_256, 128, false, 1, "Tiles of 256 tokens.")
     (tokens_128, 64, false, 1, "Tiles of 128 tokens.")
     (tokens_64, 32, false, 1, "Tiles of 64 tokens.")
-    (exact, 64, true, 1, "Tiles of 128 tokens, exact.")
+    (exact, 32, true, 1, "Tiles of 64 tokens, exact.")
 }

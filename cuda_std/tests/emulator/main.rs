@@ -7,6 +7,7 @@ mod collectives;
 mod failures;
 mod grids;
 mod shared_memory;
+mod tensor;
 
 use cuda_std::emulator::{self, LaunchError};
 use cuda_std::launch::{Kernel, KernelArgs, LaunchConfig};
