@@ -129,47 +129,190 @@ impl<const PANELS: usize> Share<PANELS> {
         if PANELS == 3 && self.piece >= Self::PANEL_PIECES * 3 {
             return;
         }
-        let is_inside = 8 * self.piece < self.head_dim;
-        let panel_at = at as usize + (self.piece / Self::PANEL_PIECES) as usize * PANEL_WORDS;
-        let piece = (self.piece % Self::PANEL_PIECES) as usize;
+        let pieces = Pieces {
+            memory,
+            cache,
+            panel_at: at as usize + (self.piece / Self::PANEL_PIECES) as usize * PANEL_WORDS,
+            piece: (self.piece % Self::PANEL_PIECES) as usize,
+            from: head_at + (first * self.head_dim + 8 * self.piece) as usize,
+            head_dim: self.head_dim,
+            // A head's last pieces are zeros.
+            n_wanted: if 8 * self.piece < self.head_dim { end.saturating_sub(first) } else { 0 },
+        };
         let mut row = self.row;
-        let mut from = head_at + ((first + row) * self.head_dim + 8 * self.piece) as usize;
         while row < TILE_KEYS as u32 {
-            let place = panel_at + row as usize * PANEL_ROW_WORDS + 4 * swizzled(row as usize, piece);
-            // SAFETY: the piece is the head's where it is wanted.
-            unsafe { C::copy(memory, place, cache, from, is_inside && first + row < end) };
-            row += self.row_step;
-            from += (self.row_step * self.head_dim) as usize;
+            if C::WAITS && PANELS <= 2 {
+                // Four on their way at once, written out: an array of them would be put into local memory.
+                let (r1, r2, r3) = (row + self.row_step, row + 2 * self.row_step, row + 3 * self.row_step);
+                // SAFETY: the caller's promise.
+                let (a, b, c, d) = unsafe {
+                    (
+                        pieces.start::<C>(row),
+                        pieces.start::<C>(r1),
+                        pieces.start::<C>(r2),
+                        pieces.start::<C>(r3),
+                    )
+                };
+                pieces.finish::<C>(row, a);
+                pieces.finish::<C>(r1, b);
+                pieces.finish::<C>(r2, c);
+                pieces.finish::<C>(r3, d);
+                row += 4 * self.row_step;
+            } else {
+                // SAFETY: the caller's promise.
+                let pending = unsafe { pieces.start::<C>(row) };
+                pieces.finish::<C>(row, pending);
+                row += self.row_step;
+            }
         }
     }
 }
 
-/// A cache's way into panels.
-trait Tiles: KvCodec {
-    /// Puts values `from` to `from + 7` into four words at `place` as f16; zeros where they are not wanted. They are there
-    /// once the thread has waited for its copies.
-    ///
-    /// # Safety
-    /// They are written where they are wanted.
-    unsafe fn copy(memory: DynamicShared<u32>, place: usize, cache: KvRef, from: usize, is_wanted: bool);
+/// A thread's pieces of a tile, one in each of its rows.
+#[derive(Clone, Copy)]
+struct Pieces {
+    memory: DynamicShared<u32>,
+    cache: KvRef,
+    /// Where the panel starts, and the piece's number in its rows.
+    panel_at: usize,
+    piece: usize,
+    /// The first value of row 0's piece.
+    from: usize,
+    head_dim: u32,
+    /// Rows that are there.
+    n_wanted: u32,
 }
 
-impl Tiles for HalfKv {
+impl Pieces {
     #[inline(always)]
-    unsafe fn copy(memory: DynamicShared<u32>, place: usize, cache: KvRef, from: usize, is_wanted: bool) {
+    fn place(&self, row: u32) -> usize {
+        self.panel_at + row as usize * PANEL_ROW_WORDS + 4 * swizzled(row as usize, self.piece)
+    }
+
+    /// Asks for the piece of row `row`; of none beyond the tile.
+    ///
+    /// # Safety
+    /// It is readable where it is wanted.
+    #[inline(always)]
+    unsafe fn start<C: Tiles>(&self, row: u32) -> C::Pending {
+        let (row, is_wanted) = (row.min(TILE_KEYS as u32 - 1), row < self.n_wanted.min(TILE_KEYS as u32));
+        let from = self.from + (row * self.head_dim) as usize;
         // SAFETY: the caller's promise.
-        unsafe { copy_async(memory, place, cache.values.wrapping_add(2 * from), is_wanted) };
+        unsafe { C::start(self.memory, self.place(row), self.cache, from, is_wanted) }
+    }
+
+    /// Stores it.
+    #[inline(always)]
+    fn finish<C: Tiles>(&self, row: u32, pending: C::Pending) {
+        if row < TILE_KEYS as u32 {
+            C::finish(self.memory, self.place(row), pending);
+        }
     }
 }
 
-impl Tiles for Q8Kv {
+/// A cache's way into panels, eight values at a time.
+trait Tiles: KvCodec {
+    /// Whether the thread waits for what it has asked for.
+    const WAITS: bool;
+    /// What is between asking for values and storing them.
+    type Pending: Copy;
+
+    /// Asks for values `from` to `from + 7`, to go to four words at `place` as f16; zeros where they are not wanted.
+    ///
+    /// # Safety
+    /// They are written where they are wanted.
+    unsafe fn start(
+        memory: DynamicShared<u32>,
+        place: usize,
+        cache: KvRef,
+        from: usize,
+        is_wanted: bool,
+    ) -> Self::Pending;
+
+    /// Stores them. They are there once the thread has waited for its copies.
+    fn finish(memory: DynamicShared<u32>, place: usize, pending: Self::Pending);
+}
+
+impl Tiles for HalfKv {
+    const WAITS: bool = false;
+    type Pending = ();
+
     #[inline(always)]
-    unsafe fn copy(memory: DynamicShared<u32>, place: usize, cache: KvRef, from: usize, is_wanted: bool) {
+    unsafe fn start(memory: DynamicShared<u32>, place: usize, cache: KvRef, from: usize, is_wanted: bool) {
         // SAFETY: the caller's promise.
-        let raw = if is_wanted { unsafe { Self::fetch(cache, from) } } else { Self::ZEROS };
+        unsafe { copy_async(memory, place, cache.values.wrapping_add(2 * from), is_wanted) };
+    }
+
+    #[inline(always)]
+    fn finish(_memory: DynamicShared<u32>, _place: usize, (): ()) {}
+}
+
+impl Tiles for Q8Kv {
+    const WAITS: bool = true;
+    type Pending = <Self as KvCodec>::Raw;
+
+    #[inline(always)]
+    unsafe fn start(
+        _memory: DynamicShared<u32>,
+        _place: usize,
+        cache: KvRef,
+        from: usize,
+        is_wanted: bool,
+    ) -> Self::Pending {
+        // SAFETY: the caller's promise.
+        if is_wanted { unsafe { Self::fetch(cache, from) } } else { Self::ZEROS }
+    }
+
+    #[inline(always)]
+    fn finish(memory: DynamicShared<u32>, place: usize, raw: Self::Pending) {
         let [a, b, c, d, e, f, g, h] = Self::widen(raw);
         let words = [f32_to_f16x2(a, b), f32_to_f16x2(c, d), f32_to_f16x2(e, f), f32_to_f16x2(g, h)];
         memory.set4(place, words);
+    }
+}
+
+/// Where a block's tiles come from and go to.
+#[derive(Clone, Copy)]
+struct Tiling<const PANELS: usize> {
+    a: Arguments,
+    /// The head's first value in the cache.
+    kv_head: usize,
+    n_keys: u32,
+    n_rounds: u32,
+    memory: DynamicShared<u32>,
+    tiles_at: u32,
+    share: Share<PANELS>,
+}
+
+impl<const PANELS: usize> Tiling<PANELS> {
+    /// Words of a tile: keys, then values.
+    const WORDS: u32 = (2 * PANELS * PANEL_WORDS) as u32;
+
+    /// The word at which a tile starts.
+    #[inline(always)]
+    fn at(&self, round: u32, split: u32) -> u32 {
+        let stage = if self.a.stages > 1 { round % 2 } else { 0 };
+        self.tiles_at + (stage * self.a.splits + split) * Self::WORDS
+    }
+
+    /// Starts copying a round's tiles, where there is such a round.
+    ///
+    /// # Safety
+    /// The cache is written up to the last key.
+    #[inline(always)]
+    unsafe fn copy<C: Tiles>(&self, round: u32) {
+        if round < self.n_rounds {
+            for split in 0..self.a.splits {
+                let (at, first) = (self.at(round, split), (round * self.a.splits + split) * TILE_KEYS as u32);
+                let (memory, head, n_keys) = (self.memory, self.kv_head, self.n_keys);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    self.share.copy::<C>(memory, at, self.a.k_cache, head, first, n_keys);
+                    self.share.copy::<C>(memory, at + Self::WORDS / 2, self.a.v_cache, head, first, n_keys);
+                }
+            }
+        }
+        commit_copies();
     }
 }
 
@@ -196,25 +339,12 @@ unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
     let kv_head = (head / a.heads_per_kv) as usize * a.n_ctx as usize * a.head_dim as usize;
 
     let tiles_at = aligned_start(memory);
-    let tile_words = (2 * PANELS * PANEL_WORDS) as u32;
+    let tile_words = Tiling::<PANELS>::WORDS;
     let queries_at = tiles_at + a.splits * a.stages * tile_words + warp * (PANELS * QUERY_WORDS) as u32;
-    let stage_of = |round: u32| if a.stages > 1 { round % 2 } else { 0 };
-    let tile_at = |round: u32, split: u32| tiles_at + (stage_of(round) * a.splits + split) * tile_words;
-    let share = Share::<PANELS>::new(a.head_dim);
-    let copy = |round: u32| {
-        if round < n_rounds {
-            for split in 0..a.splits {
-                let (at, first) = (tile_at(round, split), (round * a.splits + split) * TILE_KEYS as u32);
-                // SAFETY: the cache is written up to the last token.
-                unsafe {
-                    share.copy::<C>(memory, at, a.k_cache, kv_head, first, n_keys);
-                    share.copy::<C>(memory, at + tile_words / 2, a.v_cache, kv_head, first, n_keys);
-                }
-            }
-        }
-        commit_copies();
-    };
-    copy(0);
+    let tiles =
+        Tiling { a, kv_head, n_keys, n_rounds, memory, tiles_at, share: Share::<PANELS>::new(a.head_dim) };
+    // SAFETY: the cache is written up to the last token.
+    unsafe { tiles.copy::<C>(0) };
 
     // The queries of this lane's two tokens, as the products take them; zeros for tokens that there are not.
     let tokens = [0, 8].map(|row| first_token + warp * WARP_TOKENS as u32 + group + row);
@@ -252,10 +382,11 @@ unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
         // Everybody's copies are there, and everybody is through with the round before: its place may be filled again.
         sync_threads();
         if a.stages > 1 {
-            copy(round + 1);
+            // SAFETY: as above.
+            unsafe { tiles.copy::<C>(round + 1) };
         }
 
-        let at = tile_at(round, split);
+        let at = tiles.at(round, split);
         let mut scores = [0.0f32; SUMS];
         for panel in 0..PANELS {
             let q = [0, 1, 2, 3].map(|step| memory.get4(query_at(panel, step)));
@@ -312,7 +443,8 @@ unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
         round += 1;
         if a.stages == 1 {
             sync_threads();
-            copy(round);
+            // SAFETY: as above.
+            unsafe { tiles.copy::<C>(round) };
         }
     }
 
