@@ -448,29 +448,29 @@ unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
         }
     }
 
-    // The second group leaves what it has, lane by lane, for the first one to add to its own.
+    // Each group leaves what it has, lane by lane, for the first one to add the second one's to its own. Were it the second
+    // one alone, the compiler would give each group a barrier of its own, which the hardware takes and its tools do not.
     if a.splits > 1 {
-        let words = (PANELS * SUMS + 4) as u32;
+        let words = WARP_SIZE * (PANELS * SUMS + 4) as u32;
         // The tiles are not needed any more.
         sync_threads();
-        let at = (tiles_at + warp * WARP_SIZE * words + lane) as usize;
-        let place = |i: usize| at + i * WARP_SIZE as usize;
-        if split > 0 {
-            for panel in 0..PANELS {
-                for i in 0..SUMS {
-                    memory.set(place(panel * SUMS + i), out[panel][i].to_bits());
-                }
+        let place = |split: u32, i: usize| {
+            (tiles_at + (split * split_warps + warp) * words + lane) as usize + i * WARP_SIZE as usize
+        };
+        for panel in 0..PANELS {
+            for i in 0..SUMS {
+                memory.set(place(split, panel * SUMS + i), out[panel][i].to_bits());
             }
-            for i in 0..2 {
-                memory.set(place(PANELS * SUMS + i), largest[i].to_bits());
-                memory.set(place(PANELS * SUMS + 2 + i), sum[i].to_bits());
-            }
+        }
+        for i in 0..2 {
+            memory.set(place(split, PANELS * SUMS + i), largest[i].to_bits());
+            memory.set(place(split, PANELS * SUMS + 2 + i), sum[i].to_bits());
         }
         sync_threads();
         if split > 0 {
             return;
         }
-        let other = |i: usize| f32::from_bits(memory.get(place(i)));
+        let other = |i: usize| f32::from_bits(memory.get(place(1, i)));
         let (mut own_factors, mut other_factors) = ([0.0; 2], [0.0; 2]);
         for i in 0..2 {
             let other_largest = other(PANELS * SUMS + i);
