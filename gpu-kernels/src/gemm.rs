@@ -20,7 +20,7 @@ use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
 use crate::gemv::stream::Quad;
-use crate::panels::{GROUP_PANELS, GROUP_UNITS, Panels, ROW_BYTES, rest};
+use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, Panels, ROW_BYTES, rest};
 use core::ops::Range;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::float::f32_to_bf16x2;
@@ -132,18 +132,13 @@ pub const fn shared_words(sums: usize, is_exact: bool, stages: usize) -> usize {
     BlockCopies::barrier_words(stages as u32) as usize + PANEL_ALIGNMENT as usize + most
 }
 
-/// Words of a lane's row in a panel's steps: pairs of neighbours.
-const PAIRS: usize = UNIT / 2 / GROUP_PANELS;
-
-/// The part of a unit of weights that meets a panel of its group, in pairs rounded to bfloat16; on the exact path also what
-/// is left of them.
+/// A unit of weights, in pairs of neighbours rounded to bfloat16; on the exact path also what is left of them.
 #[inline(always)]
-fn fragments<W: WeightUnit, const EXACT: bool>(unit: &W, panel: usize) -> [[u32; PAIRS]; 2] {
+fn fragments<W: WeightUnit, const EXACT: bool>(unit: &W) -> [[u32; UNIT / 2]; 2] {
     let w = unit.dequantize();
-    let (mut high, mut low) = ([0; PAIRS], [0; PAIRS]);
-    for i in 0..PAIRS {
-        let at = 2 * (panel * PAIRS + i);
-        let pair = [w[at], w[at + 1]];
+    let (mut high, mut low) = ([0; UNIT / 2], [0; UNIT / 2]);
+    for i in 0..UNIT / 2 {
+        let pair = [w[2 * i], w[2 * i + 1]];
         high[i] = f32_to_bf16x2(pair[0], pair[1]);
         if EXACT {
             low[i] = rest(pair, high[i]);
@@ -154,9 +149,12 @@ fn fragments<W: WeightUnit, const EXACT: bool>(unit: &W, panel: usize) -> [[u32;
 
 /// The operands of a panel's steps, of the units of a lane's two rows.
 #[inline(always)]
-fn operands(first: [u32; PAIRS], second: [u32; PAIRS]) -> [[u32; 4]; PANEL_STEPS] {
-    let step = |step: usize| [first[2 * step], second[2 * step], first[2 * step + 1], second[2 * step + 1]];
-    const { assert!(PANEL_STEPS == 4 && PAIRS == 2 * PANEL_STEPS) };
+fn operands(first: &[u32; UNIT / 2], second: &[u32; UNIT / 2], panel: usize) -> [[u32; 4]; PANEL_STEPS] {
+    let step = |step: usize| {
+        let at = 2 * (PANEL_STEPS * panel + step);
+        [first[at], second[at], first[at + 1], second[at + 1]]
+    };
+    const { assert!(PANEL_STEPS == 4 && GROUP_STEPS == 8) };
     [step(0), step(1), step(2), step(3)]
 }
 
@@ -232,45 +230,35 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
     }
     let mut panel = 0;
     for number in groups.start as usize..groups.end as usize {
-        // Macros, not closures, which the compiler would make functions of: each is used several times.
-        macro_rules! part {
-            ($i:literal, $half:expr) => {{
-                let (tile, place) = place(number, rows[$i]);
-                let unit = match &fetched {
-                    Some(fetched) => fetched[$i].unpack::<F>(place),
-                    None => F::unpack(tile, place),
-                };
-                fragments::<_, EXACT>(&unit, $half)
-            }};
+        let unit = |i: usize| {
+            let (tile, place) = place(number, rows[i]);
+            match &fetched {
+                Some(fetched) => fetched[i].unpack::<F>(place),
+                None => F::unpack(tile, place),
+            }
+        };
+        let [first, first_low] = fragments::<_, EXACT>(&unit(0));
+        let [second, second_low] = fragments::<_, EXACT>(&unit(1));
+        if is_small {
+            fetched = Some(fetch((number + 1).min(groups.end as usize - 1)));
         }
-        let ahead = (number + 1).min(groups.end as usize - 1);
-        // Where a lane has few sums there is room for the next units beside these; else these are dequantized first.
-        let is_early = const { SUMS <= 8 };
-        let whole =
-            if is_early { None } else { Some([[part!(0, 0), part!(1, 0)], [part!(0, 1), part!(1, 1)]]) };
-        let next = if is_small { Some(fetch(ahead)) } else { None };
         for half in 0..GROUP_PANELS {
-            let [[first, first_low], [second, second_low]] = match whole {
-                Some(whole) => whole[half],
-                None => [part!(0, half), part!(1, half)],
-            };
             copies.wait();
             // The place of the panel before this one.
             if panel > 0 && panel + stages - 1 < n_panels {
                 restart(copies, panel + stages - 1);
             }
             let high = Panel::new(memory, copies.place());
-            let a = operands(first, second);
+            let a = operands(&first, &second, half);
             multiply_add::<Bf16, SUMS>(&mut sums, a, high, wanted);
             if EXACT {
                 let low = Panel::new(memory, copies.place() + low_at);
                 multiply_add::<Bf16, SUMS>(&mut sums, a, low, wanted);
-                multiply_add::<Bf16, SUMS>(&mut sums, operands(first_low, second_low), high, wanted);
+                multiply_add::<Bf16, SUMS>(&mut sums, operands(&first_low, &second_low, half), high, wanted);
             }
             copies.release();
             panel += 1;
         }
-        fetched = next;
     }
     sums
 }
@@ -480,6 +468,5 @@ define_kernels! {
     (tokens_256, 128, false, 1, "Tiles of 256 tokens.")
     (tokens_128, 64, false, 1, "Tiles of 128 tokens.")
     (tokens_64, 32, false, 1, "Tiles of 64 tokens.")
-    (tokens_16, 8, false, 2, "Tiles of 16 tokens: weights are all that counts, and two blocks on a multiprocessor wait for them.")
     (exact, 32, true, 1, "Tiles of 64 tokens, exact.")
 }
