@@ -454,12 +454,12 @@ mod emulated {
 
     impl Columns for TransposedPanel {
         fn pair<T: Half>(self, column: usize) -> [[f32; PANEL_DEPTH]; 2] {
-            let mut values = [[0.0; PANEL_DEPTH]; 2];
-            for row in 0..PANEL_DEPTH {
+            let word = |row: usize| {
                 let place = row * PANEL_ROW_WORDS + 4 * swizzled(row, column / 8) + column % 8 / 2;
-                [values[0][row], values[1][row]] = widen::<T>(self.memory.get(self.start as usize + place));
-            }
-            values
+                widen::<T>(self.memory.get(self.start as usize + place))
+            };
+            let rows: [[f32; 2]; PANEL_DEPTH] = std::array::from_fn(word);
+            [rows.map(|[first, _]| first), rows.map(|[_, second]| second)]
         }
     }
 

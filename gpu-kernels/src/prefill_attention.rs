@@ -430,15 +430,15 @@ unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
         }
 
         let mut weights = [[0u32; 4]; PANEL_STEPS];
-        for step in 0..PANEL_STEPS {
-            for i in 0..4 {
+        for (step, words) in weights.iter_mut().enumerate() {
+            for (i, word) in words.iter_mut().enumerate() {
                 let at = 8 * step + 2 * i;
-                weights[step][i] = f32_to_f16x2(scores[at], scores[at + 1]);
+                *word = f32_to_f16x2(scores[at], scores[at + 1]);
             }
         }
-        for panel in 0..PANELS {
+        for (panel, out) in out.iter_mut().enumerate() {
             let v = TransposedPanel::new(memory, at + tile_words / 2 + (panel * PANEL_WORDS) as u32);
-            multiply_add_transposed::<F16>(&mut out[panel], weights, v);
+            multiply_add_transposed::<F16>(out, weights, v);
         }
         round += 1;
         if a.stages == 1 {
@@ -457,9 +457,9 @@ unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
         let place = |split: u32, i: usize| {
             (tiles_at + (split * split_warps + warp) * words + lane) as usize + i * WARP_SIZE as usize
         };
-        for panel in 0..PANELS {
-            for i in 0..SUMS {
-                memory.set(place(split, panel * SUMS + i), out[panel][i].to_bits());
+        for (panel, out) in out.iter().enumerate() {
+            for (i, value) in out.iter().enumerate() {
+                memory.set(place(split, panel * SUMS + i), value.to_bits());
             }
         }
         for i in 0..2 {
@@ -479,23 +479,23 @@ unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
             other_factors[i] = exp2((other_largest - new) * factor);
             sum[i] = mul_add(sum[i], own_factors[i], other(PANELS * SUMS + 2 + i) * other_factors[i]);
         }
-        for panel in 0..PANELS {
-            for i in 0..SUMS {
+        for (panel, out) in out.iter_mut().enumerate() {
+            for (i, value) in out.iter_mut().enumerate() {
                 let row = i / 2 % 2;
-                let value = other(panel * SUMS + i) * other_factors[row];
-                out[panel][i] = mul_add(out[panel][i], own_factors[row], value);
+                let added = other(panel * SUMS + i) * other_factors[row];
+                *value = mul_add(*value, own_factors[row], added);
             }
         }
     }
 
     let total = sum.map(|sum| warp_reduce_add(FULL_MASK, sum, 4));
     let factors = total.map(|total| 1.0 / total);
-    for panel in 0..PANELS {
+    for (panel, out) in out.iter().enumerate() {
         for block in 0..SUMS / 4 {
             let dim = (panel * PANEL_DEPTH + 8 * block) as u32 + 2 * member;
             for i in 0..2 {
                 if tokens[i] < a.n_tokens && dim < a.head_dim {
-                    let values = [0, 1].map(|column| out[panel][4 * block + 2 * i + column] * factors[i]);
+                    let values = [0, 1].map(|column| out[4 * block + 2 * i + column] * factors[i]);
                     // SAFETY: the token and the dimensions exist, and are this lane's own; both are even.
                     unsafe {
                         let row = (tokens[i] * a.n_head + head) as usize * a.head_dim as usize;
