@@ -102,55 +102,42 @@ pub fn signed_byte(word: u32, i: u32) -> i32 {
     }
 }
 
-/// The f32 whose highest byte is `exponent` and whose next one is byte `i` of a word: with the right exponent an integer in
-/// that byte, without a conversion.
-///
-/// On a GPU this is one instruction (prmt).
-#[inline(always)]
-pub fn byte_below_exponent(word: u32, i: u32, exponent: u8) -> f32 {
-    cfg_select! {
-        target_arch = "nvptx64" => {
-            let value: f32;
-            // SAFETY: arithmetic alone.
-            unsafe {
-                core::arch::asm!(
-                    "prmt.b32 {value}, {word}, {exponent}, {selector};",
-                    value = out(reg32) value,
-                    word = in(reg32) word,
-                    exponent = in(reg32) u32::from(exponent),
-                    selector = in(reg32) 0x4055 | i << 8,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
+macro_rules! bytes_in_floats {
+    ($($name:ident, $selector:literal, $place:literal, $at:literal, $doc:literal;)*) => {$(
+        #[doc = $doc]
+        ///
+        /// On a GPU this is one instruction (prmt).
+        #[inline(always)]
+        pub fn $name(word: u32, i: u32, exponent: u8) -> f32 {
+            cfg_select! {
+                target_arch = "nvptx64" => {
+                    let value: f32;
+                    // SAFETY: arithmetic alone.
+                    unsafe {
+                        core::arch::asm!(
+                            "prmt.b32 {value}, {word}, {exponent}, {selector};",
+                            value = out(reg32) value,
+                            word = in(reg32) word,
+                            exponent = in(reg32) u32::from(exponent),
+                            selector = in(reg32) $selector | i << $place,
+                            options(pure, nomem, nostack, preserves_flags),
+                        );
+                    }
+                    value
+                }
+                _ => f32::from_bits(u32::from(exponent) << 24 | ((word >> (8 * i)) & 0xff) << $at),
             }
-            value
         }
-        _ => f32::from_bits(u32::from(exponent) << 24 | ((word >> (8 * i)) & 0xff) << 16),
-    }
+    )*};
 }
 
-/// The f32 whose highest byte is `exponent` and whose lowest one is byte `i` of a word.
-///
-/// On a GPU this is one instruction (prmt).
-#[inline(always)]
-pub fn byte_as_mantissa(word: u32, i: u32, exponent: u8) -> f32 {
-    cfg_select! {
-        target_arch = "nvptx64" => {
-            let value: f32;
-            // SAFETY: arithmetic alone.
-            unsafe {
-                core::arch::asm!(
-                    "prmt.b32 {value}, {word}, {exponent}, {selector};",
-                    value = out(reg32) value,
-                    word = in(reg32) word,
-                    exponent = in(reg32) u32::from(exponent),
-                    selector = in(reg32) 0x4550 | i,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            value
-        }
-        _ => f32::from_bits(u32::from(exponent) << 24 | (word >> (8 * i)) & 0xff),
-    }
+// A selector's digits choose the bytes of the result, the lowest first: 0 to 3 of the word, 4 the exponent, 5 a zero.
+bytes_in_floats! {
+    byte_below_exponent, 0x4055, 8, 16,
+        "The f32 whose highest byte is `exponent` and whose next one is byte `i` of a word, zeros below: with the right \
+         exponent an integer in that byte, without a conversion.";
+    byte_as_mantissa, 0x4550, 0, 0,
+        "The f32 whose highest byte is `exponent` and whose lowest one is byte `i` of a word, zeros between.";
 }
 
 #[cfg(any(test, not(any(target_arch = "nvptx64", target_arch = "x86_64"))))]
