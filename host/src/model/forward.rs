@@ -243,7 +243,7 @@ pub fn layer(
             ops::attention(device, &b.q, &*cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
         }
         Tokens::Many(chunk) if activations == Activations::Q8_1 => {
-            ops::prefill_attention(device, &b.q, &*cache, chunk, attention, &mut b.heads)?;
+            ops::prefill_attention(device, &b.q, &*cache, chunk, attention, false, &mut b.heads)?;
         }
         Tokens::Many(chunk) => exact_attention(device, chunk, cache, attention, b)?,
     }
