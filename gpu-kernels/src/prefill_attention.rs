@@ -5,15 +5,13 @@
 //! the weighted sum of the values. Scores never leave registers: rounded they are the operand of the next product. A token
 //! sees no position after its own; what lies beyond the last one is not read.
 //!
-//! Queries and weights are rounded to f16, as keys and values are; all sums are in f32. The exact kernels take each query
-//! and each weight as the sum of two f16 numbers, what it rounds to and what is left of it, with a product for each: 22 bits
-//! of precision, or 2^-25 where that is more.
+//! Queries and weights are rounded to f16, as keys and values are; all sums are in f32.
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::kv_cache::KvFormat;
 use crate::kv_cache::{HalfKv, KvCodec, KvRef, Q8Kv};
 use core::f32::consts::LOG2_E;
-use cuda_std::float::{exp2, f16_to_f32, f32_to_f16x2, max, min, mul_add};
+use cuda_std::float::{exp2, f32_to_f16x2, max, min, mul_add};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::ld_global_u32x2;
 use cuda_std::pipeline::{commit_copies, copy_async, wait_for_copies};
@@ -75,8 +73,6 @@ pub struct Arguments {
     pub splits: u32,
     /// How many tiles of keys and values each of these has room for: 1 or 2.
     pub stages: u32,
-    /// Numbers in f16 that a query, and a weight, is the sum of: 2 for the exact kernels, 1 for the others.
-    pub parts: u32,
     /// The factor of the scores, above 0, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
@@ -85,24 +81,9 @@ pub struct Arguments {
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Arguments {}
 
-/// Words of shared memory for a block of `warps` warps in `splits` groups, heads of `panels` panels and `stages` tiles; the
-/// exact kernels' queries take twice the room.
-pub const fn shared_words(warps: usize, panels: usize, splits: usize, stages: usize, exact: bool) -> usize {
-    let query_words = if exact { 2 * QUERY_WORDS } else { QUERY_WORDS };
-    PANEL_ALIGNMENT as usize + panels * (2 * splits * stages * PANEL_WORDS + warps / splits * query_words)
-}
-
-/// Two numbers in f16.
-#[inline(always)]
-fn rounded([low, high]: [f32; 2]) -> u32 {
-    let [low, high] = [low, high].map(|value| min(max(value, -F16_MAX), F16_MAX));
-    f32_to_f16x2(low, high)
-}
-
-/// What two numbers lose when they are taken for `words`, two numbers in f16.
-#[inline(always)]
-fn rest([low, high]: [f32; 2], words: u32) -> [f32; 2] {
-    [low - f16_to_f32(words as u16), high - f16_to_f32((words >> 16) as u16)]
+/// Words of shared memory for a block of `warps` warps in `splits` groups, heads of `panels` panels and `stages` tiles.
+pub const fn shared_words(warps: usize, panels: usize, splits: usize, stages: usize) -> usize {
+    PANEL_ALIGNMENT as usize + panels * (2 * splits * stages * PANEL_WORDS + warps / splits * QUERY_WORDS)
 }
 
 /// How a thread takes part in copying tiles: a piece of 16 bytes of every so many rows.
@@ -335,13 +316,13 @@ impl<const PANELS: usize> Tiling<PANELS> {
     }
 }
 
-/// Attention of a block's tokens, heads of up to `PANELS` panels; `EXACT` splits queries and weights into two numbers each.
+/// Attention of a block's tokens, heads of up to `PANELS` panels.
 ///
 /// # Safety
 /// The arguments are as their fields say; the cache is written up to the last token; the launch has the shared memory that
 /// [`shared_words`] gives.
 #[inline(always)]
-unsafe fn attend<C: Tiles, const PANELS: usize, const EXACT: bool>(a: Arguments) {
+unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
     let_next_start();
     wait_for_previous();
     let memory = dynamic_shared!(PREFILL_ATTENTION_MEMORY: [u32]);
@@ -359,8 +340,7 @@ unsafe fn attend<C: Tiles, const PANELS: usize, const EXACT: bool>(a: Arguments)
 
     let tiles_at = aligned_start(memory);
     let tile_words = Tiling::<PANELS>::WORDS;
-    let warp_words = if EXACT { 2 * PANELS * QUERY_WORDS } else { PANELS * QUERY_WORDS } as u32;
-    let queries_at = tiles_at + a.splits * a.stages * tile_words + warp * warp_words;
+    let queries_at = tiles_at + a.splits * a.stages * tile_words + warp * (PANELS * QUERY_WORDS) as u32;
     let tiles =
         Tiling { a, kv_head, n_keys, n_rounds, memory, tiles_at, share: Share::<PANELS>::new(a.head_dim) };
     // SAFETY: the cache is written up to the last token.
@@ -368,39 +348,29 @@ unsafe fn attend<C: Tiles, const PANELS: usize, const EXACT: bool>(a: Arguments)
 
     // The queries of this lane's two tokens, as the products take them; zeros for tokens that there are not.
     let tokens = [0, 8].map(|row| first_token + warp * WARP_TOKENS as u32 + group + row);
-    let query = |i: usize, dim: u32| -> [f32; 2] {
+    let query = |i: usize, dim: u32| -> u32 {
         if tokens[i] >= a.n_tokens || dim >= a.head_dim {
-            return [0.0; 2];
+            return 0;
         }
         // SAFETY: the token and the dimensions exist; both are even.
         let pair = unsafe {
             let row = (tokens[i] * a.n_head + head) as usize * a.head_dim as usize;
             ld_global_u32x2(a.q.add(row + dim as usize).cast())
         };
-        pair.map(f32::from_bits)
+        let [low, high] = pair.map(|bits| min(max(f32::from_bits(bits), -F16_MAX), F16_MAX));
+        f32_to_f16x2(low, high)
     };
-    // What is left of the queries stands behind all of them.
-    let query_at = |part: u32, panel: usize, step: usize| {
-        let panel_at = (queries_at + part * (PANELS * QUERY_WORDS) as u32) as usize + panel * QUERY_WORDS;
-        panel_at + (step * WARP_SIZE as usize + lane as usize) * 4
+    let query_at = |panel: usize, step: usize| {
+        (queries_at as usize + panel * QUERY_WORDS) + (step * WARP_SIZE as usize + lane as usize) * 4
     };
     for panel in 0..PANELS {
         for step in 0..PANEL_STEPS {
             let dim = (panel * PANEL_DEPTH + step * 16) as u32 + 2 * member;
-            let (q0, q1, q2, q3) = (query(0, dim), query(1, dim), query(0, dim + 8), query(1, dim + 8));
-            let words = [rounded(q0), rounded(q1), rounded(q2), rounded(q3)];
-            memory.set4(query_at(0, panel, step), words);
-            if EXACT {
-                let [w0, w1, w2, w3] = words;
-                let rests = [rest(q0, w0), rest(q1, w1), rest(q2, w2), rest(q3, w3)];
-                let words = rests.map(rounded);
-                memory.set4(query_at(1, panel, step), words);
-            }
+            let words = [query(0, dim), query(1, dim), query(0, dim + 8), query(1, dim + 8)];
+            memory.set4(query_at(panel, step), words);
         }
     }
 
-    // Known at run time alone, so that the products stand in the kernel once: two copies of them take more registers.
-    let parts = if EXACT { a.parts } else { 1 };
     // Weights are powers of 2: the scores' factor turns e^x into 2^x.
     let factor = a.scale * LOG2_E;
     let (mut largest, mut sum) = ([LOWEST; 2], [0.0f32; 2]);
@@ -419,13 +389,9 @@ unsafe fn attend<C: Tiles, const PANELS: usize, const EXACT: bool>(a: Arguments)
         let at = tiles.at(round, split);
         let mut scores = [0.0f32; SUMS];
         for panel in 0..PANELS {
+            let q = [0, 1, 2, 3].map(|step| memory.get4(query_at(panel, step)));
             let k = Panel::new(memory, at + (panel * PANEL_WORDS) as u32);
-            let mut part = 0;
-            while part < parts {
-                let q = [0, 1, 2, 3].map(|step| memory.get4(query_at(part, panel, step)));
-                multiply_add::<F16, SUMS>(&mut scores, q, k, TILE_KEYS as u32);
-                part += 1;
-            }
+            multiply_add::<F16, SUMS>(&mut scores, q, k, TILE_KEYS as u32);
         }
 
         // Keys after a token's own position count for nothing; only the last tiles have any.
@@ -463,24 +429,16 @@ unsafe fn attend<C: Tiles, const PANELS: usize, const EXACT: bool>(a: Arguments)
             sum[i / 2 % 2] += *score;
         }
 
-        let mut part = 0;
-        while part < parts {
-            let mut weights = [[0u32; 4]; PANEL_STEPS];
-            for (step, words) in weights.iter_mut().enumerate() {
-                for (i, word) in words.iter_mut().enumerate() {
-                    let at = 8 * step + 2 * i;
-                    let pair = [scores[at], scores[at + 1]];
-                    *word = f32_to_f16x2(pair[0], pair[1]);
-                    if EXACT {
-                        [scores[at], scores[at + 1]] = rest(pair, *word);
-                    }
-                }
+        let mut weights = [[0u32; 4]; PANEL_STEPS];
+        for (step, words) in weights.iter_mut().enumerate() {
+            for (i, word) in words.iter_mut().enumerate() {
+                let at = 8 * step + 2 * i;
+                *word = f32_to_f16x2(scores[at], scores[at + 1]);
             }
-            for (panel, out) in out.iter_mut().enumerate() {
-                let v = TransposedPanel::new(memory, at + tile_words / 2 + (panel * PANEL_WORDS) as u32);
-                multiply_add_transposed::<F16>(out, weights, v);
-            }
-            part += 1;
+        }
+        for (panel, out) in out.iter_mut().enumerate() {
+            let v = TransposedPanel::new(memory, at + tile_words / 2 + (panel * PANEL_WORDS) as u32);
+            multiply_add_transposed::<F16>(out, weights, v);
         }
         round += 1;
         if a.stages == 1 {
@@ -550,9 +508,9 @@ unsafe fn attend<C: Tiles, const PANELS: usize, const EXACT: bool>(a: Arguments)
 }
 
 macro_rules! define_kernels {
-    ($(($module:ident, $panels:literal, $Codec:ident, $format:ident, $exact:literal))*) => {
+    ($(($module:ident, $panels:literal, $Codec:ident, $format:ident))*) => {
         $(
-            #[doc = concat!("Heads of ", stringify!($panels), " panels of 64 values, a cache in ", stringify!($format), "; exact: ", stringify!($exact), ".")]
+            #[doc = concat!("Heads of ", stringify!($panels), " panels of 64 values, a cache in ", stringify!($format), ".")]
             pub mod $module {
                 use super::*;
 
@@ -571,37 +529,28 @@ macro_rules! define_kernels {
                 #[kernel(suffix = $module, overlapping, launch_bounds(256, 1))]
                 pub unsafe fn prefill_attention(arguments: Arguments) {
                     // SAFETY: the caller keeps the contract above, which is the one asked for.
-                    unsafe { attend::<$Codec, $panels, $exact>(arguments) }
+                    unsafe { attend::<$Codec, $panels>(arguments) }
                 }
             }
         )*
 
-        /// The kernel for heads of so many panels, 1 to [`MAX_PANELS`], and a format of the cache. There are no exact ones for
-        /// a cache in Q8_0, whose values need more than the 11 bits of f16, and for the longest heads, which would take more
-        /// registers than there are.
+        /// The kernel for heads of so many panels, 1 to [`MAX_PANELS`], and a format of the cache.
         #[cfg(not(target_arch = "nvptx64"))]
-        pub fn kernel_for(
-            panels: usize,
-            format: KvFormat,
-            exact: bool,
-        ) -> Option<&'static cuda_std::launch::Kernel<(Arguments,)>> {
-            match (panels, format, exact) {
-                $(($panels, KvFormat::$format, $exact) => Some(&$module::PREFILL_ATTENTION),)*
-                _ => None,
+        pub fn kernel_for(panels: usize, format: KvFormat) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
+            match (panels, format) {
+                $(($panels, KvFormat::$format) => &$module::PREFILL_ATTENTION,)*
+                _ => panic!("heads of {panels} panels"),
             }
         }
     };
 }
 define_kernels! {
-    (d64, 1, HalfKv, F16, false)
-    (d128, 2, HalfKv, F16, false)
-    (d192, 3, HalfKv, F16, false)
-    (d256, 4, HalfKv, F16, false)
-    (exact_d64, 1, HalfKv, F16, true)
-    (exact_d128, 2, HalfKv, F16, true)
-    (exact_d192, 3, HalfKv, F16, true)
-    (q8_0_d64, 1, Q8Kv, Q8_0, false)
-    (q8_0_d128, 2, Q8Kv, Q8_0, false)
-    (q8_0_d192, 3, Q8Kv, Q8_0, false)
-    (q8_0_d256, 4, Q8Kv, Q8_0, false)
+    (d64, 1, HalfKv, F16)
+    (d128, 2, HalfKv, F16)
+    (d192, 3, HalfKv, F16)
+    (d256, 4, HalfKv, F16)
+    (q8_0_d64, 1, Q8Kv, Q8_0)
+    (q8_0_d128, 2, Q8Kv, Q8_0)
+    (q8_0_d192, 3, Q8Kv, Q8_0)
+    (q8_0_d256, 4, Q8Kv, Q8_0)
 }

@@ -248,7 +248,7 @@ fn attention_over_a_cache_in_q8_0_matches_f64() {
 
             let mut out = Guarded::new(device, n_head * head_dim);
             let chunk = Chunk { position: length - 1, n_tokens: 1 };
-            ops::prefill_attention(device, &q, &layer, chunk, shape, false, &mut out.buffer).unwrap();
+            ops::prefill_attention(device, &q, &layer, chunk, shape, &mut out.buffer).unwrap();
             assert_close(&out.finish(device, &what), &expected, 5e-3, 2.0, &what);
         }
     }

@@ -242,14 +242,10 @@ pub fn layer(
         Tokens::One => {
             ops::attention(device, &b.q, &*cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
         }
-        Tokens::Many(chunk) => {
-            let exact = activations == Activations::F32;
-            if exact && !ops::has_exact_prefill_attention(&*cache) {
-                attention_token_by_token(device, chunk, cache, attention, b)?;
-            } else {
-                ops::prefill_attention(device, &b.q, &*cache, chunk, attention, exact, &mut b.heads)?;
-            }
+        Tokens::Many(chunk) if activations == Activations::Q8_1 => {
+            ops::prefill_attention(device, &b.q, &*cache, chunk, attention, &mut b.heads)?;
         }
+        Tokens::Many(chunk) => exact_attention(device, chunk, cache, attention, b)?,
     }
     probe.after(Op::Attention, index, device, &b.heads)?;
     add(device, &weights.attn_output, activations, &b.heads, tokens, &mut b.x, b.panels.as_mut())?;
@@ -273,8 +269,8 @@ pub fn layer(
     probe.after(Op::FfnOutput, index, device, &b.x)
 }
 
-/// Attention of many tokens without rounding, where there is no kernel for all of them.
-fn attention_token_by_token(
+/// Attention of many tokens without rounding their queries: token by token.
+fn exact_attention(
     device: &Device,
     chunk: Chunk,
     cache: &KvCache,

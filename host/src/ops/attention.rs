@@ -192,28 +192,18 @@ pub fn attention<'a>(
     unsafe { device.launch(attention_kernel::kernel_for(heads, cache.format), config, (arguments,)) }
 }
 
-/// Whether [`prefill_attention`] over this cache can be exact: in F16 with heads of at most 192 values it can.
-pub fn has_exact_prefill_attention<'a>(cache: impl Into<KvView<'a>>) -> bool {
-    let cache = cache.into();
-    prefill_kernel::kernel_for(cache.head_dim.div_ceil(PANEL_DEPTH), cache.format, true).is_some()
-}
-
 /// Attention of a chunk's tokens, `[n_tokens, n_head, head_dim]`, over the cache: each sees the positions up to its own. The
-/// chunk's keys and values are in the cache already.
-///
-/// Queries, and the weights of the values, are rounded to f16; where `exact` is asked for they keep 22 bits of precision.
-/// Queries beyond 65,504, exactly 131,008, are taken for that.
+/// chunk's keys and values are in the cache already. Queries, and the weights of the values, are rounded to f16.
 ///
 /// # Errors
-/// When `n_head` is not a multiple of the cache's heads, the chunk does not fit the cache, a buffer is too short, the scores'
-/// factor is not above 0, there is no exact kernel for the cache ([`has_exact_prefill_attention`]), or the launch fails.
+/// When `n_head` is not a multiple of the cache's heads, the chunk does not fit the cache, a buffer is too short, or the
+/// launch fails.
 pub fn prefill_attention<'a>(
     device: &Device,
     q: &Buffer<f32>,
     cache: impl Into<KvView<'a>>,
     chunk: Chunk,
     shape: AttentionShape,
-    exact: bool,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
     let (AttentionShape { n_head, scale }, Chunk { position, n_tokens }) = (shape, chunk);
@@ -226,18 +216,10 @@ pub fn prefill_attention<'a>(
         "prefill_attention: {n_tokens} tokens from position {position} on, the cache has room for {}",
         cache.n_ctx
     );
-    ensure!(
-        scale > 0.0 && scale.is_finite(),
-        "prefill_attention: the factor of the scores is {scale}, needed a number above 0"
-    );
     aligned("prefill_attention", "q", q, n_tokens * n_head * head_dim)?;
     aligned("prefill_attention", "out", out, n_tokens * n_head * head_dim)?;
     let panels = head_dim.div_ceil(PANEL_DEPTH);
-    let kernel = prefill_kernel::kernel_for(panels, cache.format, exact).with_context(|| {
-        format!("prefill_attention: no exact kernel takes heads of {head_dim} values in {:?}", cache.format)
-    })?;
-    let bytes =
-        |(warps, splits, stages)| 4 * prefill_kernel::shared_words(warps, panels, splits, stages, exact);
+    let bytes = |(warps, splits, stages)| 4 * prefill_kernel::shared_words(warps, panels, splits, stages);
     let room = device.shared_bytes() as usize;
     // Where there are fewer blocks than multiprocessors, two groups of warps share the tokens. Rather the next tile on its
     // way than more warps.
@@ -263,12 +245,11 @@ pub fn prefill_attention<'a>(
         n_ctx: dim(cache.n_ctx)?,
         splits: splits as u32,
         stages: stages as u32,
-        parts: if exact { 2 } else { 1 },
         scale,
     };
     let mut config = launch_1d(n_tokens.div_ceil(block_tokens), 32 * warps)?;
     config.grid[1] = dim(n_head)?;
     config.dynamic_shared_bytes = bytes((warps, splits, stages)) as u32;
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
-    unsafe { device.launch(kernel, config, (arguments,)) }
+    unsafe { device.launch(prefill_kernel::kernel_for(panels, cache.format), config, (arguments,)) }
 }

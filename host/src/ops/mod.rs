@@ -11,10 +11,7 @@ mod matrix;
 mod read;
 mod types;
 
-pub use attention::{
-    AttentionShape, AttentionWorkspace, attention, has_exact_prefill_attention, kv_append, prefill_attention,
-    rope,
-};
+pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, prefill_attention, rope};
 pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
