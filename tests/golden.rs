@@ -33,7 +33,7 @@ const CLEAR_MARGIN: f64 = 1.0;
 const DEVICES_MAX: f64 = 0.02;
 /// On the exact path, max |dNLL| between ids that go through one by one and several at once.
 const BATCHES_MAX: f64 = 0.02;
-/// Ids at once: all of a text, some, and one, which are other kernels.
+/// Ids at once: one, some, and all of a text. One alone is other kernels.
 const BATCHES: [usize; 3] = [1, 7, 512];
 
 fn bounds(architecture: &str) -> Bounds {

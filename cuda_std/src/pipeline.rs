@@ -1,5 +1,7 @@
 //! Copies from device into shared memory that run beside the warp which started them.
 
+#[cfg(target_arch = "nvptx64")]
+mod barrier;
 mod block;
 mod thread;
 
@@ -56,17 +58,8 @@ impl WarpCopies {
             let lane = crate::warp::lane_id();
             if lane < stages {
                 let arrivals = if cfg!(cuda_sm_90) { 1 } else { crate::warp::WARP_SIZE };
-                // SAFETY: the barriers are this warp's. Copies see them once the fence has been passed.
-                unsafe {
-                    core::arch::asm!(
-                        "mbarrier.init.shared.b64 [{barrier}], {arrivals};",
-                        barrier = in(reg32) copies.barrier(lane),
-                        arrivals = in(reg32) arrivals,
-                        options(nostack, preserves_flags),
-                    );
-                    #[cfg(cuda_sm_90)]
-                    core::arch::asm!("fence.proxy.async.shared::cta;", options(nostack, preserves_flags));
-                }
+                // SAFETY: the barriers are this warp's.
+                unsafe { barrier::init(copies.barrier(lane), arrivals) };
             }
             sync_warp(FULL_MASK);
         }
@@ -168,30 +161,10 @@ impl WarpCopies {
     /// Waits until the copy to the current place has arrived: all lanes can read it then.
     #[inline(always)]
     pub fn wait(&self) {
+        // SAFETY: the barrier is this warp's.
         #[cfg(target_arch = "nvptx64")]
-        loop {
-            let has_arrived: u32;
-            // SAFETY: looks at the barrier, or waits for some time. Not `nomem`: reads of the copy may not be moved
-            // before it.
-            unsafe {
-                core::arch::asm!(
-                    "{{",
-                    ".reg .pred arrived;",
-                    cfg_select! {
-                        cuda_sm_90 => "mbarrier.try_wait.parity.shared.b64 arrived, [{barrier}], {parity};",
-                        _ => "mbarrier.test_wait.parity.shared.b64 arrived, [{barrier}], {parity};",
-                    },
-                    "selp.u32 {has_arrived}, 1, 0, arrived;",
-                    "}}",
-                    has_arrived = out(reg32) has_arrived,
-                    barrier = in(reg32) self.barrier(self.stage),
-                    parity = in(reg32) self.parity,
-                    options(nostack, preserves_flags),
-                );
-            }
-            if has_arrived != 0 {
-                break;
-            }
+        unsafe {
+            barrier::wait(self.barrier(self.stage), self.parity);
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
 use crate::gemv::stream::Quad;
-use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, Panels, ROW_BYTES, rest};
+use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, PanelPiece, Panels, ROW_BYTES, rest};
 use core::ops::Range;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::float::f32_to_bf16x2;
@@ -124,12 +124,18 @@ pub const fn stage_words(sums: usize, is_exact: bool) -> usize {
 /// to write to different banks.
 const TOKEN_WORDS: usize = WARP_QUADS * TILE_ROWS + 4;
 
-/// Words of shared memory that a block needs for `stages` places.
-pub const fn shared_words(sums: usize, is_exact: bool, stages: usize) -> usize {
+/// Words for `stages` places, and for the sums that take their room at the end.
+const fn place_words(sums: usize, is_exact: bool, stages: usize) -> usize {
     let ring = stages * stage_words(sums, is_exact);
     let sums = WARPS * tile_tokens(sums) * TOKEN_WORDS;
-    let most = if ring > sums { ring } else { sums };
-    BlockCopies::barrier_words(stages as u32) as usize + PANEL_ALIGNMENT as usize + most
+    if ring > sums { ring } else { sums }
+}
+
+/// Words of shared memory that a block needs for `stages` places.
+pub const fn shared_words(sums: usize, is_exact: bool, stages: usize) -> usize {
+    BlockCopies::barrier_words(stages as u32) as usize
+        + PANEL_ALIGNMENT as usize
+        + place_words(sums, is_exact, stages)
 }
 
 /// A unit of weights, in pairs of neighbours rounded to bfloat16; on the exact path also what is left of them.
@@ -182,7 +188,7 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
     let pieces = |panel: u32| {
         let offset = ((first_panel + panel) as usize * panels.n_rows as usize + first_token as usize)
             * (ROW_BYTES / 16);
-        let from = |panels: *const crate::panels::PanelPiece| panels.wrapping_add(offset).cast();
+        let from = |panels: *const PanelPiece| panels.wrapping_add(offset).cast();
         [
             Piece { from: from(panels.high), to: 0, bytes },
             Piece { from: from(panels.low), to: low_at, bytes: if EXACT { bytes } else { 0 } },
@@ -327,12 +333,10 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
     let first_token = token_tile * tile_tokens(SUMS) as u32;
 
     let places = aligned_start(memory);
-    // The barriers behind the places: whose start is aligned.
-    let ring_words =
-        (shape.stages as usize * stage_words(SUMS, EXACT)).max(WARPS * tile_tokens(SUMS) * TOKEN_WORDS);
+    // The barriers behind the places, whose start is aligned.
     let mut copies = BlockCopies::new(
         memory,
-        places + ring_words as u32,
+        places + place_words(SUMS, EXACT, shape.stages as usize) as u32,
         places,
         shape.stages,
         stage_words(SUMS, EXACT) as u32,
@@ -421,7 +425,7 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
 }
 
 macro_rules! define_kernels {
-    ($(($module:ident, $sums:literal, $exact:literal, $blocks:literal, $doc:literal))*) => {$(
+    ($(($module:ident, $sums:literal, $exact:literal, $doc:literal))*) => {$(
         #[doc = $doc]
         pub mod $module {
             use super::*;
@@ -448,7 +452,7 @@ macro_rules! define_kernels {
             /// # Thread mapping
             /// A block of [`BLOCK_DIM`] threads takes 128 rows, a tile of tokens, and one split of the columns; in the grid tiles of
             /// tokens come first, then splits.
-            #[kernel(suffix = $module, overlapping, launch_bounds(256, $blocks))]
+            #[kernel(suffix = $module, overlapping, launch_bounds(256, 1))]
             pub unsafe fn gemm(
                 first: MatrixRef,
                 second: MatrixRef,
@@ -465,8 +469,8 @@ macro_rules! define_kernels {
     )*};
 }
 define_kernels! {
-    (tokens_256, 128, false, 1, "Tiles of 256 tokens.")
-    (tokens_128, 64, false, 1, "Tiles of 128 tokens.")
-    (tokens_64, 32, false, 1, "Tiles of 64 tokens.")
-    (exact, 32, true, 1, "Tiles of 64 tokens, exact.")
+    (tokens_256, 128, false, "Tiles of 256 tokens.")
+    (tokens_128, 64, false, "Tiles of 128 tokens.")
+    (tokens_64, 32, false, "Tiles of 64 tokens.")
+    (exact, 32, true, "Tiles of 64 tokens, exact.")
 }

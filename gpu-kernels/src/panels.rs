@@ -3,7 +3,8 @@
 //! A panel holds 64 columns of all tokens, a row of 128 bytes for each token, its 16-byte pieces at the places that
 //! [`swizzled`] gives: what a block copies of it to shared memory is one run of bytes. Two panels make a group of 128
 //! columns, four units of 32. In a group the columns are exchanged so that what a lane needs of its matrix for all eight
-//! steps is one unit of weights ([`place_of`]). Columns beyond the last one are zeros.
+//! steps is one unit of weights: of a step's 16 columns, lanes whose number is `m` modulo 4 hold `2 m`, `2 m + 1`, `2 m + 8`
+//! and `2 m + 9`, and those are four neighbouring columns of unit `m`, step after step. Columns beyond the last one are zeros.
 //!
 //! On the exact path a value is the sum of two bfloat16, the nearest one and the nearest one of what is left: 16 bits,
 //! each in panels of its own.
@@ -63,17 +64,6 @@ impl Panels {
 #[cfg(not(target_arch = "nvptx64"))]
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Panels {}
-
-/// Where a group has its column `column`: the step, and the column of that step.
-///
-/// Of a step's columns, lanes whose number is `m` modulo 4 hold `2 m`, `2 m + 1`, `2 m + 8` and `2 m + 9`. Those are four
-/// neighbouring columns of unit `m`, and the eight steps go through the unit.
-#[inline(always)]
-pub const fn place_of(column: usize) -> [usize; 2] {
-    let (member, in_unit) = (column / UNIT, column % UNIT);
-    let (step, i) = (in_unit / 4, in_unit % 4);
-    [step, 2 * member + i % 2 + i / 2 * 8]
-}
 
 /// Puts `n_tokens` vectors of `n` values into panels, normalised first (RMSNorm, as [`crate::rms_norm`]) where `gamma` is
 /// not null.
@@ -165,25 +155,4 @@ pub unsafe fn pack_panels(x: *const f32, gamma: *const f32, n: u32, eps: f32, pa
 pub fn rest([a, b]: [f32; 2], rounded: u32) -> u32 {
     let [high_a, high_b] = bf16x2_to_f32(rounded);
     f32_to_bf16x2(a - high_a, b - high_b)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Every place of a group has one column, and a lane's columns of a step are neighbours in its unit.
-    #[test]
-    fn places_are_a_permutation() {
-        let mut columns = [[usize::MAX; STEP_DEPTH]; GROUP_STEPS];
-        for column in 0..GROUP {
-            let [step, place] = place_of(column);
-            assert_eq!(std::mem::replace(&mut columns[step][place], column), usize::MAX);
-        }
-        for (step, columns) in columns.iter().enumerate() {
-            for m in 0..4 {
-                let held = [columns[2 * m], columns[2 * m + 1], columns[2 * m + 8], columns[2 * m + 9]];
-                assert_eq!(held, [0, 1, 2, 3].map(|i| UNIT * m + 4 * step + i));
-            }
-        }
-    }
 }

@@ -77,11 +77,15 @@ fn chunks_that_do_not_fit_are_refused() {
     let device = &devices()[0];
     let cache = KvLayer::alloc(device, 2, 8, 32).unwrap();
     let (q, mut out) = (device.alloc::<f32>(256).unwrap(), device.alloc::<f32>(256).unwrap());
-    let mut message = |n_head, position, n_tokens| {
-        let (shape, chunk) = (AttentionShape { n_head, scale: 1.0 }, Chunk { position, n_tokens });
+    let mut message_of = |scale, n_head, position, n_tokens| {
+        let (shape, chunk) = (AttentionShape { n_head, scale }, Chunk { position, n_tokens });
         let result = ops::prefill_attention(device, &q, &cache, chunk, shape, &mut out);
         format!("{:#}", result.unwrap_err())
     };
+    for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        assert!(message_of(scale, 2, 0, 1).contains("above 0"));
+    }
+    let mut message = |n_head, position, n_tokens| message_of(1.0, n_head, position, n_tokens);
     assert!(message(3, 0, 1).contains("3 query heads over 2 key-value heads"));
     assert!(message(2, 6, 3).contains("the cache has room for 8"));
     assert!(message(2, 0, 0).contains("no tokens"));

@@ -1,5 +1,7 @@
 //! A ring of copies for all warps of a block.
 
+#[cfg(target_arch = "nvptx64")]
+use super::barrier;
 use crate::shared::DynamicShared;
 use crate::thread::{block_dim_x, sync_threads, thread_idx_x};
 use crate::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp};
@@ -146,17 +148,8 @@ impl BlockCopies {
     fn set_barriers(&self, stage: u32) {
         let (warps, fillers) = (block_dim_x() / WARP_SIZE, if cfg!(cuda_sm_90) { 1 } else { block_dim_x() });
         for (barrier, arrivals) in [(self.full(stage), fillers), (self.free(stage), warps)] {
-            // SAFETY: the barriers are this thread's until the block meets. Copies see them once the fence has been passed.
-            unsafe {
-                core::arch::asm!(
-                    "mbarrier.init.shared.b64 [{barrier}], {arrivals};",
-                    barrier = in(reg32) self.memory.address_of(barrier as usize),
-                    arrivals = in(reg32) arrivals,
-                    options(nostack, preserves_flags),
-                );
-                #[cfg(cuda_sm_90)]
-                core::arch::asm!("fence.proxy.async.shared::cta;", options(nostack, preserves_flags));
-            }
+            // SAFETY: the barriers are this thread's until the block meets.
+            unsafe { barrier::init(self.memory.address_of(barrier as usize), arrivals) };
         }
     }
 
@@ -174,30 +167,8 @@ impl BlockCopies {
 
     #[inline(always)]
     fn wait_for(&self, barrier: u32, round: u32, _arrivals: u32) {
-        let address = self.memory.address_of(barrier as usize);
-        loop {
-            let is_over: u32;
-            // SAFETY: looks at the barrier, or waits for some time. Not `nomem`: what follows may not be moved before it.
-            unsafe {
-                core::arch::asm!(
-                    "{{",
-                    ".reg .pred over;",
-                    cfg_select! {
-                        cuda_sm_90 => "mbarrier.try_wait.parity.shared.b64 over, [{barrier}], {parity};",
-                        _ => "mbarrier.test_wait.parity.shared.b64 over, [{barrier}], {parity};",
-                    },
-                    "selp.u32 {is_over}, 1, 0, over;",
-                    "}}",
-                    is_over = out(reg32) is_over,
-                    barrier = in(reg32) address,
-                    parity = in(reg32) round & 1,
-                    options(nostack, preserves_flags),
-                );
-            }
-            if is_over != 0 {
-                break;
-            }
-        }
+        // SAFETY: the barrier is the ring's.
+        unsafe { barrier::wait(self.memory.address_of(barrier as usize), round & 1) };
     }
 
     #[inline(always)]

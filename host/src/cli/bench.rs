@@ -15,10 +15,6 @@ use serde::Serialize;
 use super::args::{self, BenchArgs};
 use super::{load, print_json};
 
-/// Tokens that run before the clock does, at most: as many as go through the model at once, since other kernels may take
-/// fewer.
-const WARM_UP: usize = 512;
-
 /// Everything that `--json` prints.
 #[derive(Serialize)]
 struct Report {
@@ -84,13 +80,14 @@ fn measure_all(args: &BenchArgs, model: &Model, tokens: &[u32]) -> Result<Vec<Me
         session.fill_with_noise(args.depth)?;
     }
     let mut results = Vec::new();
-    let mut measure = |test, n, run: fn(&mut Session, &[u32]) -> Result<()>| -> Result<()> {
+    let mut measure = |test, n: usize, run: fn(&mut Session, &[u32]) -> Result<()>| -> Result<()> {
         if n == 0 {
             return Ok(());
         }
         let bar = load::progress_bar("{msg} {bar:30} {pos} of {len}");
         bar.set_message(test);
-        let runs = repeat(&mut session, args, &tokens[..n], &bar, run);
+        let warm_up = &tokens[..n.min(model.n_batch())];
+        let runs = repeat(&mut session, args, warm_up, &tokens[..n], &bar, run);
         bar.finish_and_clear();
         results.push(Measurement::new(test, n, runs?));
         Ok(())
@@ -129,17 +126,18 @@ fn decode(session: &mut Session, tokens: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// Times `run` from the wanted depth, after a warm-up; in tok/s.
+/// Times `run` of `tokens` from the wanted depth, after one of `warm_up`; in tok/s.
 fn repeat(
     session: &mut Session,
     args: &BenchArgs,
+    warm_up: &[u32],
     tokens: &[u32],
     bar: &ProgressBar,
     run: fn(&mut Session, &[u32]) -> Result<()>,
 ) -> Result<Vec<f64>> {
     bar.set_length(args.repeat.into());
     session.truncate(args.depth);
-    run(session, &tokens[..tokens.len().min(WARM_UP)])?;
+    run(session, warm_up)?;
     let time = |_| {
         session.truncate(args.depth);
         let start = Instant::now();

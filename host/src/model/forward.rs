@@ -90,8 +90,8 @@ pub struct Buffers {
     pub(super) stage: Option<KvStage>,
     /// What attention's blocks leave each other, for one token.
     pub(super) attention: AttentionWorkspace,
-    /// What only the unfused pass needs.
-    pub(super) unfused: unfused::Buffers,
+    /// What only the unfused pass needs, which takes one token.
+    pub(super) unfused: Option<unfused::Buffers>,
 }
 
 /// A stage for as many tokens, where the cache's format needs one.
@@ -124,7 +124,7 @@ impl Buffers {
             ffn: FfnBuffers::alloc(device, config.n_ff)?,
             panels: None,
             attention: AttentionWorkspace::alloc(device, config.n_head, config.n_head_kv, config.head_dim)?,
-            unfused: unfused::Buffers::alloc(device, config)?,
+            unfused: Some(unfused::Buffers::alloc(device, config)?),
         })
     }
 
@@ -154,7 +154,8 @@ impl Buffers {
             },
             panels: Some(Panels::alloc(device, n_tokens, widest, settings.activations == Activations::F32)?),
             stage: stage(device, config, settings.kv_format, n_tokens)?,
-            ..Self::alloc(device, config, KvFormat::F16)?
+            attention: AttentionWorkspace::alloc(device, config.n_head, config.n_head_kv, config.head_dim)?,
+            unfused: None,
         })
     }
 }
@@ -190,7 +191,10 @@ pub(super) fn forward(
                 let x = input(settings.activations, &x);
                 ops::gemv(device, weights.output(), x, Some(norm), Output::Set(logits))?;
             }
-            Fusion::Unfused => unfused::logits(device, weights, settings, &x, &mut b.unfused, logits, probe)?,
+            Fusion::Unfused => {
+                let unfused = unfused::buffers(&mut b.unfused)?;
+                unfused::logits(device, weights, settings, &x, unfused, logits, probe)?;
+            }
         }
         probe.after(Op::Logits, 0, device, logits)?;
     }

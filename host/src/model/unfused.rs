@@ -8,7 +8,7 @@ use super::{Activations, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{self, Input, KvCache, Output, Q8_1Vector};
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow};
 
 /// The buffers that only this pass needs.
 #[derive(Debug)]
@@ -38,6 +38,11 @@ impl Buffers {
     }
 }
 
+/// The buffers of this pass, where there are any.
+pub(super) fn buffers(buffers: &mut Option<Buffers>) -> Result<&mut Buffers> {
+    buffers.as_mut().context("the unfused pass takes one token at a time")
+}
+
 /// One layer, as [`forward::layer`].
 pub(super) fn layer(
     device: &Device,
@@ -49,7 +54,7 @@ pub(super) fn layer(
     probe: Probe,
 ) -> Result<(), Halt> {
     let Settings { activations, rms_eps, head_dim, n_head_kv, ref rope, attention, .. } = *settings;
-    let u = &mut b.unfused;
+    let u = buffers(&mut b.unfused)?;
 
     ops::rms_norm(device, &b.x, &weights.attn_norm, rms_eps, &mut u.normed)?;
     probe.after(Op::AttnNorm, index, device, &u.normed)?;

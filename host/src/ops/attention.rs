@@ -196,7 +196,8 @@ pub fn attention<'a>(
 /// chunk's keys and values are in the cache already. Queries, and the weights of the values, are rounded to f16.
 ///
 /// # Errors
-/// When `n_head` is not a multiple of the cache's heads, the chunk does not fit the cache, a buffer is too short, or the
+/// When `n_head` is not a multiple of the cache's heads, the scores' factor is not above 0, the chunk does not
+/// fit the cache, a buffer is too short, or the
 /// launch fails.
 pub fn prefill_attention<'a>(
     device: &Device,
@@ -211,6 +212,10 @@ pub fn prefill_attention<'a>(
     let head_dim = cache.head_dim;
     deal_heads(n_head, cache.n_head_kv)?;
     ensure!(n_tokens > 0, "prefill_attention: there are no tokens");
+    ensure!(
+        scale.is_finite() && scale > 0.0,
+        "prefill_attention: the scores' factor must be a number above 0, found {scale}"
+    );
     ensure!(
         position + n_tokens <= cache.n_ctx,
         "prefill_attention: {n_tokens} tokens from position {position} on, the cache has room for {}",
