@@ -6,7 +6,7 @@
 mod bfloat;
 mod half;
 
-pub use bfloat::{bf16x2_to_f32, f32_to_bf16x2};
+pub use bfloat::{bf16x2_max, bf16x2_to_f32, f32_to_bf16x2};
 pub use half::{f16_to_f32, f32_to_f16, f32_to_f16x2};
 
 #[cfg(not(target_arch = "nvptx64"))]

@@ -9,6 +9,7 @@
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::kv_cache::KvFormat;
 use crate::kv_cache::{HalfKv, KvCodec, KvRef, Q8Kv};
+use crate::operand::Operand;
 use crate::step::Step;
 use core::f32::consts::LOG2_E;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
@@ -57,6 +58,8 @@ pub struct Arguments {
     pub v_cache: KvRef,
     /// The result, `[n_head, head_dim]`.
     pub out: *mut f32,
+    /// The result as the next product reads it, or nothing.
+    pub operand: Operand,
     /// Holds the position.
     pub step: *const Step,
     /// The blocks' results: `[n_splits, n_head, head_dim]`.
@@ -229,23 +232,33 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     }
     sync_threads();
 
-    let n_values = n_heads * a.head_dim;
-    let (to, offset) = if n_active == 1 {
+    let n_pairs = n_heads * a.head_dim / 2;
+    let is_whole = n_active == 1;
+    let (to, offset) = if is_whole {
         (a.out, first_head * a.head_dim)
     } else {
         (a.split_values, (split * a.n_head + first_head) * a.head_dim)
     };
-    let mut i = thread;
-    while i < n_values {
-        let (head, d) = (i / a.head_dim, i % a.head_dim);
-        let mut result = 0.0;
+    let mut pair = thread;
+    while pair < n_pairs {
+        let (head, d) = (2 * pair / a.head_dim, 2 * pair % a.head_dim);
+        let mut result = [0.0; 2];
         for part in 0..n_parts {
             let share = part_sum.get((part * HEADS as u32 + head) as usize);
-            result = mul_add(share, part_values.get(head_values(part, head) + d as usize), result);
+            let at = head_values(part, head) + d as usize;
+            result[0] = mul_add(share, part_values.get(at), result[0]);
+            result[1] = mul_add(share, part_values.get(at + 1), result[1]);
         }
-        // SAFETY: the element is inside the output, and this thread's own.
-        unsafe { *to.add((offset + i) as usize) = result };
-        i += BLOCK_DIM as u32;
+        let first = (offset + 2 * pair) as usize;
+        // SAFETY: the elements are inside the output, and this thread's own.
+        unsafe {
+            *to.add(first) = result[0];
+            *to.add(first + 1) = result[1];
+            if is_whole && !a.operand.words.is_null() {
+                a.operand.store_2(first, result);
+            }
+        }
+        pair += BLOCK_DIM as u32;
     }
     if n_active == 1 {
         return;
@@ -351,8 +364,11 @@ unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
         }
         // SAFETY: the values are the output's, and this thread's own.
         unsafe {
-            let out = a.out.add((first_head * a.head_dim + 4 * quad) as usize);
-            st_global_u32x4(out.cast(), sum.map(f32::to_bits));
+            let first = (first_head * a.head_dim + 4 * quad) as usize;
+            st_global_u32x4(a.out.add(first).cast(), sum.map(f32::to_bits));
+            if !a.operand.words.is_null() {
+                a.operand.store_4(first, sum);
+            }
         }
     }
 }

@@ -82,7 +82,7 @@ fn gemv_f32_matches_f64() {
     for_each_case(|device, case| {
         let x = device.alloc_from(&case.x).unwrap();
         let mut y = Guarded::new(device, case.n_rows);
-        ops::gemv(device, &case.matrix, Input::F32(&x), None, Output::Set(&mut y.buffer)).unwrap();
+        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, Output::Set(&mut y.buffer)).unwrap();
         let (expected, size) = product(&case.weights, &widen(&case.x));
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size, &case.what);
     });
@@ -124,12 +124,12 @@ fn bias_and_residual_are_added() {
         let bias_buffer = device.alloc_from(&bias).unwrap();
         let mut y = Guarded::new(device, case.n_rows);
         let output = Output::SetBiased(&mut y.buffer, &bias_buffer);
-        ops::gemv(device, &case.matrix, Input::F32(&x), None, output).unwrap();
+        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, output).unwrap();
         let expected: Vec<f64> = plain.iter().zip(&bias).map(|(y, &b)| y + f64::from(b)).collect();
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size + 1.0, &case.what);
 
         let mut y = Guarded::holding(device, &residual);
-        ops::gemv(device, &case.matrix, Input::F32(&x), None, Output::Add(&mut y.buffer)).unwrap();
+        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, Output::Add(&mut y.buffer, None)).unwrap();
         let expected: Vec<f64> = plain.iter().zip(&residual).map(|(y, &r)| y + f64::from(r)).collect();
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size + 1.0, &case.what);
     });
@@ -170,7 +170,7 @@ fn gemv_normalises_and_quantizes_its_input() {
         let norm = Some(Norm { gamma: &g, eps });
         let exact = normalised(&case.x, &gamma, eps);
         let (expected, size) = product(&case.weights, &exact);
-        assert_close(&run(Input::F32(&x), norm), &expected, 3e-6, size, &case.what);
+        assert_close(&run(Input::F32(&x, None), norm), &expected, 3e-6, size, &case.what);
 
         let (expected, size) = product(&case.weights, &rounded(&case.x));
         assert_close(&run(Input::Quantized(&x), None), &expected, 3e-6, size, &case.what);
@@ -198,7 +198,7 @@ fn gemv_swiglu_matches_f64() {
         let matrix = Packer::new(device).matrix(case.format, 2 * n_ff, case.n_cols, order, &halves).unwrap();
         let x = device.alloc_from(&case.x).unwrap();
 
-        for (input, x) in [(Input::F32(&x), widen(&case.x)), (Input::Quantized(&x), rounded(&case.x))] {
+        for (input, x) in [(Input::F32(&x, None), widen(&case.x)), (Input::Quantized(&x), rounded(&case.x))] {
             let mut y = Guarded::new(device, n_ff);
             ops::gemv_swiglu(device, &matrix, input, None, &mut y.buffer).unwrap();
             let y = y.finish(device, &case.what);
@@ -238,7 +238,7 @@ fn rows_come_back_in_their_order() {
         ] {
             let matrix = Packer::new(device).matrix(Format::Q8_0, n_rows, n_cols, order, &[&blocks]).unwrap();
             let mut y = Guarded::new(device, n_rows);
-            ops::gemv(device, &matrix, Input::F32(&x), None, Output::Set(&mut y.buffer)).unwrap();
+            ops::gemv(device, &matrix, Input::F32(&x, None), None, Output::Set(&mut y.buffer)).unwrap();
             assert_close(&y.finish(device, "rows"), &expected, 2e-6, size, &format!("{order:?}"));
         }
         let order = RowOrder { order: Order::Halves as u32, group: 40, n_rot: 0 };
@@ -296,7 +296,7 @@ fn gemv_qkv_matches_f64() {
             };
             let norm = Some(Norm { gamma: &g, eps: 1e-5 });
             let what = format!("{layout:?}, {n_head}:{n_head_kv} heads of {head_dim}, {}", device.describe());
-            let input = Input::F32(&x);
+            let input = Input::F32(&x, None);
             ops::gemv_qkv(device, weights, input, norm, &rope, &rotation, &step, &mut q.buffer, &mut cache)
                 .unwrap();
 
@@ -358,7 +358,7 @@ fn many_rows_exceed_any_grid() {
         let values = random.vector(64);
         let x = device.alloc_from(&values).unwrap();
         let mut y = Guarded::new(device, n_rows);
-        ops::gemv(device, &matrix, Input::F32(&x), None, Output::Set(&mut y.buffer)).unwrap();
+        ops::gemv(device, &matrix, Input::F32(&x, None), None, Output::Set(&mut y.buffer)).unwrap();
         let (expected, size) = product(&dequantize(Format::Q8_0, &blocks), &widen(&values));
         assert_close(&y.finish(device, "rows"), &expected, 2e-6, size, "rows");
     }
@@ -372,18 +372,18 @@ fn shapes_that_do_not_fit_are_refused() {
     let mut y3 = device.alloc_from(&[0.0f32; 3]).unwrap();
     let message = |result: anyhow::Result<()>| format!("{:#}", result.unwrap_err());
     assert!(
-        message(ops::gemv(device, &matrix, Input::F32(&short), None, Output::Set(&mut y3)))
+        message(ops::gemv(device, &matrix, Input::F32(&short, None), None, Output::Set(&mut y3)))
             .contains("31 values")
     );
     assert!(
-        message(ops::gemv(device, &matrix, Input::F32(&x), None, Output::Set(&mut y3)))
+        message(ops::gemv(device, &matrix, Input::F32(&x, None), None, Output::Set(&mut y3)))
             .contains("4 are needed")
     );
     assert!(
-        message(ops::gemv_swiglu(device, &matrix, Input::F32(&x), None, &mut y3))
+        message(ops::gemv_swiglu(device, &matrix, Input::F32(&x, None), None, &mut y3))
             .contains("one matrix in halves")
     );
     let norm = Some(Norm { gamma: &short, eps: 0.0 });
-    let refused = ops::gemv(device, &matrix, Input::F32(&x), norm, Output::Set(&mut y3));
+    let refused = ops::gemv(device, &matrix, Input::F32(&x, None), norm, Output::Set(&mut y3));
     assert!(message(refused).contains("gamma has 31 values"));
 }

@@ -1,59 +1,23 @@
 //! What becomes of a product: one thread finishes the four rows of a quad.
 
 use super::MatrixRef;
-use super::stream::Quad;
+use super::band::Quad;
 use crate::formats::tile::TILE_ROWS;
 use crate::math::silu;
+use crate::operand::Operand;
 use crate::rope::rotate;
 use crate::step::Step;
 use core::ptr;
 use cuda_std::float::f32_to_f16;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
-use cuda_std::shared::DynamicShared;
 use half::f16;
-
-/// What finishing a quad needs besides the sums; it waits in shared memory, where it takes no registers.
-pub trait Prepared: Copy + Default {
-    /// Words of shared memory, a multiple of 4.
-    const WORDS: u32;
-
-    /// Leaves it at word `at`.
-    fn store(self, memory: DynamicShared<u32>, at: usize);
-
-    /// Takes what is at word `at`.
-    fn load(memory: DynamicShared<u32>, at: usize) -> Self;
-}
-
-impl Prepared for () {
-    const WORDS: u32 = 0;
-
-    #[inline(always)]
-    fn store(self, _memory: DynamicShared<u32>, _at: usize) {}
-
-    #[inline(always)]
-    fn load(_memory: DynamicShared<u32>, _at: usize) {}
-}
-
-impl Prepared for [f32; TILE_ROWS] {
-    const WORDS: u32 = 4;
-
-    #[inline(always)]
-    fn store(self, memory: DynamicShared<u32>, at: usize) {
-        memory.set4(at, self.map(f32::to_bits));
-    }
-
-    #[inline(always)]
-    fn load(memory: DynamicShared<u32>, at: usize) -> Self {
-        memory.get4(at).map(f32::from_bits)
-    }
-}
 
 /// What finishes a quad.
 pub trait Epilogue: Copy {
     /// Whether the input may have to be normalised.
     const NORMALISES: bool;
     /// What it fetches beforehand.
-    type Prepared: Prepared;
+    type Prepared: Copy + Default;
 
     /// Fetches what [`finish`](Self::finish) will need, before the sums are there.
     ///
@@ -62,11 +26,24 @@ pub trait Epilogue: Copy {
     /// its fields say.
     unsafe fn prepare(&self, quad: Quad, matrix: MatrixRef) -> Self::Prepared;
 
-    /// Finishes the quad, given the products of its four rows.
+    /// Finishes the quad, given the products of its four rows. Gives the sum of the squares of what it has made of them, where
+    /// [`squares`](Self::squares) wants it.
     ///
     /// # Safety
     /// As [`prepare`](Self::prepare); no other thread finishes the quad.
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: Self::Prepared);
+    unsafe fn finish(
+        &self,
+        quad: Quad,
+        matrix: MatrixRef,
+        sums: [f32; TILE_ROWS],
+        prepared: Self::Prepared,
+    ) -> f32;
+
+    /// Where each block leaves its sum of squares; null where nobody wants them.
+    #[inline(always)]
+    fn squares(&self) -> *mut f32 {
+        ptr::null_mut()
+    }
 }
 
 /// Stores the product: `y = W x`, rows in natural order.
@@ -110,28 +87,42 @@ impl Epilogue for Store {
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) -> f32 {
         // SAFETY: the caller's promise.
-        unsafe { store(self.y, quad, matrix.n_rows, sums) }
+        unsafe { store(self.y, quad, matrix.n_rows, sums) };
+        0.0
     }
 }
 
-/// Adds the product: `y += W x`, rows in natural order.
+/// Adds the product: `y += W x`, rows in natural order; and leaves `y` as the next product reads it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Add {
     /// `[n_rows]`, at a multiple of 16 bytes and readable up to one.
     pub y: *mut f32,
+    /// Of `n_rows` columns, or nothing.
+    pub operand: Operand,
+}
+
+/// What a quad needs besides the products: what they are added to, and the factors of the norm to come.
+#[derive(Clone, Copy, Default)]
+pub struct AddPrepared {
+    y: [f32; TILE_ROWS],
+    gamma: [f32; TILE_ROWS],
 }
 
 impl Epilogue for Add {
     const NORMALISES: bool = false;
-    type Prepared = [f32; TILE_ROWS];
+    type Prepared = AddPrepared;
 
     #[inline(always)]
-    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> [f32; TILE_ROWS] {
-        // SAFETY: the quad starts inside `y`.
-        unsafe { ld_global_u32x4(self.y.add(quad.number as usize * TILE_ROWS).cast()).map(f32::from_bits) }
+    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> AddPrepared {
+        let four = |from: *const f32| {
+            // SAFETY: the quad starts inside the vectors.
+            unsafe { ld_global_u32x4(from.add(quad.number as usize * TILE_ROWS).cast()).map(f32::from_bits) }
+        };
+        let gamma = if self.operand.gamma.is_null() { [1.0; TILE_ROWS] } else { four(self.operand.gamma) };
+        AddPrepared { y: four(self.y), gamma }
     }
 
     #[inline(always)]
@@ -140,10 +131,28 @@ impl Epilogue for Add {
         quad: Quad,
         matrix: MatrixRef,
         [s0, s1, s2, s3]: [f32; TILE_ROWS],
-        [y0, y1, y2, y3]: [f32; TILE_ROWS],
-    ) {
+        AddPrepared { y: [y0, y1, y2, y3], gamma: [g0, g1, g2, g3] }: AddPrepared,
+    ) -> f32 {
+        let [v0, v1, v2, v3] = [y0 + s0, y1 + s1, y2 + s2, y3 + s3];
+        let first = quad.number * TILE_ROWS as u32;
+        // Rows beyond the last one are none of the vector's.
+        let keep = |i: u32, value: f32| if first + i < matrix.n_rows { value } else { 0.0 };
+        let [v1, v2, v3] = [keep(1, v1), keep(2, v2), keep(3, v3)];
         // SAFETY: the caller's promise.
-        unsafe { store(self.y, quad, matrix.n_rows, [y0 + s0, y1 + s1, y2 + s2, y3 + s3]) }
+        unsafe {
+            store(self.y, quad, matrix.n_rows, [v0, v1, v2, v3]);
+            if !self.operand.words.is_null() {
+                let scaled = |value: f32, gamma: f32| if value == 0.0 { 0.0 } else { value * gamma };
+                let values = [scaled(v0, g0), scaled(v1, g1), scaled(v2, g2), scaled(v3, g3)];
+                self.operand.store_4(first as usize, values);
+            }
+        }
+        (v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3)
+    }
+
+    #[inline(always)]
+    fn squares(&self) -> *mut f32 {
+        self.operand.squares
     }
 }
 
@@ -165,7 +174,7 @@ impl Epilogue for StoreOrdered {
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) -> f32 {
         let store = |i: usize, sum: f32| {
             let place = quad.number as usize * TILE_ROWS + i;
             if place < matrix.n_rows as usize {
@@ -182,15 +191,18 @@ impl Epilogue for StoreOrdered {
         store(1, s1);
         store(2, s2);
         store(3, s3);
+        0.0
     }
 }
 
-/// `silu(gate) * up`, of a matrix whose quads hold two rows of each.
+/// `silu(gate) * up`, of a matrix whose quads hold two rows of each; and the same as the next product reads it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Swiglu {
     /// `[n_rows / 2]`.
     pub y: *mut f32,
+    /// Of `n_rows / 2` columns, or nothing.
+    pub operand: Operand,
 }
 
 impl Epilogue for Swiglu {
@@ -207,12 +219,18 @@ impl Epilogue for Swiglu {
         _matrix: MatrixRef,
         [gate0, gate1, up0, up1]: [f32; TILE_ROWS],
         (): (),
-    ) {
+    ) -> f32 {
+        let values = [silu(gate0) * up0, silu(gate1) * up1];
+        let first = 2 * quad.number as usize;
         // SAFETY: the quad's two gates are inside `y`, which is even.
         unsafe {
-            *self.y.add(2 * quad.number as usize) = silu(gate0) * up0;
-            *self.y.add(2 * quad.number as usize + 1) = silu(gate1) * up1;
+            *self.y.add(first) = values[0];
+            *self.y.add(first + 1) = values[1];
+            if !self.operand.words.is_null() {
+                self.operand.store_2(first, values);
+            }
         }
+        0.0
     }
 }
 
@@ -251,28 +269,6 @@ pub struct QkvPrepared {
     /// Of both pairs of the quad.
     rotation: [[f32; 2]; 2],
     position: u32,
-}
-
-impl Prepared for QkvPrepared {
-    const WORDS: u32 = 12;
-
-    #[inline(always)]
-    fn store(self, memory: DynamicShared<u32>, at: usize) {
-        self.bias.store(memory, at);
-        let [[c0, s0], [c1, s1]] = self.rotation;
-        [c0, s0, c1, s1].store(memory, at + 4);
-        memory.set(at + 8, self.position);
-    }
-
-    #[inline(always)]
-    fn load(memory: DynamicShared<u32>, at: usize) -> Self {
-        let [c0, s0, c1, s1] = <[f32; 4]>::load(memory, at + 4);
-        Self {
-            bias: <[f32; 4]>::load(memory, at),
-            rotation: [[c0, s0], [c1, s1]],
-            position: memory.get(at + 8),
-        }
-    }
 }
 
 /// A quad's head, where in it the quad stands, and its rows.
@@ -370,7 +366,13 @@ impl Epilogue for Qkv {
     }
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, _matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: QkvPrepared) {
+    unsafe fn finish(
+        &self,
+        quad: Quad,
+        _matrix: MatrixRef,
+        sums: [f32; TILE_ROWS],
+        prepared: QkvPrepared,
+    ) -> f32 {
         let QkvPrepared { bias, rotation: [pair0, pair1], position } = prepared;
         let Rows { head, rows: [r0, r1, r2, r3], .. } = self.rows(quad);
         let [a0, b0] = rotate([sums[0] + bias[0], sums[1] + bias[1]], pair0);
@@ -393,5 +395,6 @@ impl Epilogue for Qkv {
                 *cache.add(r3 as usize) = f16::from_bits(f32_to_f16(b1));
             }
         }
+        0.0
     }
 }

@@ -1,15 +1,17 @@
 //! Matrix-vector products with quantized weights, and what surrounds them in a layer.
 //!
-//! Every one of these kernels goes the same way, [`run`]: start streaming the matrix ([`stream`]), wait for the kernel
-//! before, put the vector into shared memory, normalised and quantized ([`input`]), multiply, and let one thread
-//! finish each four rows ([`epilogue`]). They differ in what finishing means. Weights are on their way before the
-//! kernel before has ended, since they depend on nothing: between two products memory never idles.
+//! Every one of these kernels goes the same way, [`run`]: ask for the block's [band](band) of the matrix, wait for the kernel
+//! before, take the vector ([`input`]), multiply, and let one thread finish each four rows ([`epilogue`]). They differ in what
+//! finishing means. Bands are small, and several blocks share a multiprocessor: while one multiplies, the others' weights are
+//! on their way, and where a kernel has no more blocks to start, the next one's take their places. Weights depend on
+//! nothing, so these ask for theirs at once, and memory does not idle between two products. Which multiprocessor takes how
+//! many bands is a matter of how fast it is.
 //!
 //! Bytes moved: the matrix once, plus the vector once per block, from the L2 cache.
 
+pub mod band;
 pub mod epilogue;
 pub mod input;
-pub mod stream;
 
 use crate::activations::{Activations, F32Vector, Q8_1};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
@@ -20,19 +22,18 @@ use cuda_std::float::{mul_add, rsqrt};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::launch::Kernel;
-use cuda_std::pipeline::WarpCopies;
-use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
+use cuda_std::pipeline::BlockCopy;
+use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
-use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
+use band::Band;
+use epilogue::{Add, Epilogue, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
-use stream::{Deal, Share, Stream};
 
-/// Most warps in a block, whatever the activations.
-const MAX_WARPS: u32 = 12;
-/// Words of shared memory for the warps' sums of squares.
-const SQUARES_WORDS: u32 = MAX_WARPS;
+/// Most warps in a block.
+pub const MAX_WARPS: u32 = 8;
+/// Most quads in a band: a lane of the first warp finishes each.
+pub const MAX_QUADS: u32 = WARP_SIZE;
 
 /// A packed matrix, as a launch passes it.
 #[repr(C)]
@@ -56,52 +57,32 @@ pub struct MatrixRef {
     pub order: RowOrder,
 }
 
-/// How the work is dealt out and where things lie in shared memory, chosen by the launcher.
+/// How the work is dealt out, chosen by the launcher.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
-    /// Quads that each block has to finish.
-    pub turns: u32,
-    /// The first so many blocks have a quad more.
-    pub blocks_with_more: u32,
-    /// Tiles of a quad whose part of the vector fits into shared memory at once: all, unless the activations come in
-    /// slabs.
+    /// Quads in a band, but for the last one of a matrix: at most [`MAX_QUADS`].
+    pub quads: u32,
+    /// Blocks that the first and the second matrix take, where there are others below them.
+    pub part_blocks: [u32; 2],
+    /// Warps that share the tiles of a quad, no more than these are; the block has a multiple of as many.
+    pub tile_warps: u32,
+    /// Tiles of a quad that are in shared memory at once: all, unless bands of one quad are too long.
     pub slab_tiles: u32,
-    /// Tiles that a warp has in shared memory or on their way, at most 32.
-    pub stages: u32,
-    /// Words of shared memory for a tile.
-    pub stage_words: u32,
+    /// Words of shared memory for the weights.
+    pub weight_words: u32,
 }
 
 impl Schedule {
-    /// Words of shared memory that the vector takes, with `unit_words` to a unit.
+    /// Words of shared memory for a band's sums, tile by tile.
     #[inline(always)]
-    pub fn vector_words(self, unit_words: u32) -> u32 {
-        self.slab_tiles * TILE_UNITS as u32 * unit_words
+    pub fn sums_words(self, n_tiles: u32) -> u32 {
+        self.quads * n_tiles * TILE_ROWS as u32
     }
 
-    /// Words of shared memory for the sums of a block's quads, of each warp that shares one: from one place to the next
-    /// it is another quad, another warp, or both.
-    #[inline(always)]
-    pub fn sums_words(self, n_warps: u32) -> u32 {
-        (self.turns + 1 + n_warps) * TILE_ROWS as u32
-    }
-
-    /// Words of shared memory for what is known of each quad beforehand: which warps share it, and the `prepared_words`
-    /// words that its epilogue needs.
-    #[inline(always)]
-    pub fn prepared_words(self, prepared_words: u32) -> u32 {
-        (self.turns + 1).next_multiple_of(4) + (self.turns + 1) * prepared_words
-    }
-
-    /// Words of shared memory in all, for `n_warps` warps, `unit_words` words of the vector to a unit, and
-    /// `prepared_words` words that the epilogue prepares.
-    pub fn shared_words(self, n_warps: u32, unit_words: u32, prepared_words: u32) -> u32 {
-        self.vector_words(unit_words)
-            + SQUARES_WORDS
-            + self.sums_words(n_warps)
-            + self.prepared_words(prepared_words)
-            + n_warps * WarpCopies::words(self.stages, self.stage_words)
+    /// Words of shared memory in all, for quads of `n_tiles` tiles.
+    pub fn shared_words(self, n_tiles: u32) -> u32 {
+        self.weight_words + BlockCopy::BARRIER_WORDS + MAX_WARPS + self.sums_words(n_tiles)
     }
 }
 
@@ -209,54 +190,7 @@ impl Dots for Any {
     }
 }
 
-/// The warp's part of the work on the slab of the vector that starts at tile `slab`: leaves its sums of each quad at
-/// word `sums_at` and on, added to what is there unless the slab is the first.
-///
-/// # Safety
-/// As [`run`].
-#[inline(always)]
-unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
-    stream: &mut Stream<N>,
-    deal: Deal<N>,
-    share: Share,
-    memory: DynamicShared<u32>,
-    sums_at: u32,
-    slab: u32,
-    n_units: u32,
-) {
-    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
-    let mut walk = share.walk(warp, slab);
-    let mut sums = [0.0f32; TILE_ROWS];
-    while walk.left > 0 {
-        let source = stream.next_tile();
-        let tile_units = (n_units - walk.tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-        if lane < tile_units {
-            // The slab's part of the vector starts at the start of the memory.
-            let x = X::load(memory, (walk.tile - slab) as usize, lane as usize);
-            let format = deal.matrix(deal.quad(walk.turn).part).format;
-            sums = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x, sums);
-        }
-        let turn = walk.turn;
-        // All lanes meet here after their last read of the tile: its place is free.
-        if !walk.advance() && walk.left > 0 {
-            sync_warp(FULL_MASK);
-        } else {
-            let mut sum = warp_reduce_add_4(sums);
-            if lane.is_multiple_of(8) {
-                let at = (sums_at + (turn + warp) * TILE_ROWS as u32 + lane / 8) as usize;
-                if X::IN_SLABS && slab > 0 {
-                    sum += f32::from_bits(memory.get(at));
-                }
-                memory.set(at, sum.to_bits());
-            }
-            sums = [0.0; TILE_ROWS];
-        }
-        // SAFETY: the matrices are as they say.
-        unsafe { stream.refill() };
-    }
-}
-
-/// Multiplies `matrices`, one below the other, with the vector, and finishes every quad.
+/// Multiplies one of `matrices`, which lie one below the other, with the vector, and finishes its quads: those of this block.
 ///
 /// # Safety
 /// The matrices are as their fields say, all of `input.n` columns; the input and the epilogue keep their contracts;
@@ -268,98 +202,119 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     schedule: Schedule,
     epilogue: E,
 ) {
-    let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
-    let warp = thread / WARP_SIZE;
-    let deal = Deal::new(matrices, schedule);
+    let (thread, lane, n_warps) = (thread_idx_x(), lane_id(), block_dim_x() / WARP_SIZE);
+    let (warp, quad_warps) = (thread / WARP_SIZE, n_warps / schedule.tile_warps);
+    let (first_quad, first_tile) = (warp / schedule.tile_warps, warp % schedule.tile_warps);
+    let (matrix, band) = Band::of_block(matrices, schedule);
     let n_units = input.n_units();
     let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
-    let slab_tiles = if X::IN_SLABS { schedule.slab_tiles } else { n_tiles };
-    let share = Share::new(n_warps, deal.turns, slab_tiles, n_tiles);
 
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
-    let squares = schedule.vector_words(X::UNIT_WORDS as u32);
-    let sums_at = squares + SQUARES_WORDS;
-    let ring_words = WarpCopies::words(schedule.stages, schedule.stage_words);
-    let warps_at = sums_at + schedule.sums_words(n_warps);
-    let prepared_at = warps_at + (schedule.turns + 1).next_multiple_of(4);
-    let ring = warps_at + schedule.prepared_words(E::Prepared::WORDS) + warp * ring_words;
-    let mut stream = Stream::new(deal, share, warp, memory, ring, schedule, X::IN_SLABS);
-    // SAFETY: the matrices are as they say.
-    unsafe { stream.fill() };
-
+    let barrier = schedule.weight_words;
+    let squares_at = barrier + BlockCopy::BARRIER_WORDS;
+    let sums_at = squares_at + MAX_WARPS;
+    let mut copy = BlockCopy::new(memory, barrier);
+    let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
+    // The band's bytes, or a slab's of its only quad.
+    let copy_slab = |copy: &BlockCopy, slab: u32| {
+        let start = slab * matrix.tile_bytes;
+        let end = (start + schedule.slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
+        let bytes = if schedule.slab_tiles < n_tiles { end - start } else { band.n_quads * matrix.quad_bytes };
+        // SAFETY: the bytes are the matrix's, and fit the room for weights.
+        unsafe { copy.start(0, from.wrapping_add(start as usize), bytes) };
+    };
+    copy_slab(&copy, 0);
     let_next_start();
-    // Whose sums make up a quad takes divisions to know: found out now, by the thread that will need it.
-    let mut turn = thread;
-    while turn < deal.turns {
-        memory.set((warps_at + turn) as usize, share.warps_of(turn));
-        turn += block_dim_x();
-    }
     wait_for_previous();
 
     // What finishing needs besides the sums, on its way beside the vector.
-    let prepared_place = |turn: u32| (prepared_at + turn * E::Prepared::WORDS) as usize;
     let mut prepared = E::Prepared::default();
-    if thread < deal.turns {
-        let quad = deal.quad(thread);
+    if thread < band.n_quads {
         // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
-        prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
+        prepared = unsafe { epilogue.prepare(band.quad(thread), matrix) };
     }
-    let mut square_sum = 0.0;
-    let mut slab = 0;
-    while slab < n_tiles {
-        if slab > 0 {
-            // The part of the vector before this one may still be read.
-            sync_threads();
-            // SAFETY: the matrices are as they say.
-            unsafe { stream.begin_slab(warp, slab) };
-        }
-        let first_unit = slab * TILE_UNITS as u32;
-        let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - first_unit);
-        // SAFETY: the units are inside the vector; the input keeps its contract.
-        square_sum += unsafe { input.load::<X>(memory, first_unit, slab_units, E::NORMALISES) };
-        if E::NORMALISES && input.is_normalised() {
-            input::store_squares(memory, squares, square_sum);
-        }
-        if slab == 0 && thread < deal.turns {
-            prepared.store(memory, prepared_place(thread));
-        }
-        sync_threads();
+    // SAFETY: the input keeps its contract.
+    let square_sum = if E::NORMALISES { unsafe { input.squares() } } else { 0.0 };
 
-        // SAFETY: the caller's promise.
-        unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
-        if !X::IN_SLABS {
+    let mut slab = 0;
+    loop {
+        let slab_end = (slab + schedule.slab_tiles).min(n_tiles);
+        let mut tile = slab + first_tile;
+        let mut is_there = false;
+        while tile < slab_end {
+            let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
+            // Lanes without a unit take another one's: it meets no weights.
+            // SAFETY: the unit is inside the vector; the input keeps its contract.
+            let x = unsafe { X::load(&input, tile, lane.min(tile_units - 1)) };
+            if !is_there {
+                copy.wait();
+                is_there = true;
+            }
+            let mut quad = first_quad;
+            while quad < band.n_quads {
+                let start = (quad * matrix.quad_bytes + (tile - slab) * matrix.tile_bytes) / 4;
+                let source = SharedTile { memory, start: start as usize };
+                let mut sums = [0.0f32; TILE_ROWS];
+                if lane < tile_units {
+                    sums = D::dots::<X>(matrix.format, source, tile_units as usize, lane as usize, &x, sums);
+                }
+                let sum = warp_reduce_add_4(sums);
+                if lane.is_multiple_of(8) {
+                    let at = sums_at + (quad * n_tiles + tile) * TILE_ROWS as u32 + lane / 8;
+                    memory.set(at as usize, sum.to_bits());
+                }
+                quad += quad_warps;
+            }
+            tile += schedule.tile_warps;
+        }
+        slab = slab_end;
+        if slab == n_tiles {
             break;
         }
-        slab += share.slab_tiles;
+        if !is_there {
+            copy.wait();
+        }
+        sync_threads();
+        copy_slab(&copy, slab);
+    }
+    if E::NORMALISES {
+        let sum = warp_reduce_add(FULL_MASK, square_sum, WARP_SIZE);
+        if lane == 0 {
+            memory.set((squares_at + warp) as usize, sum.to_bits());
+        }
     }
     sync_threads();
 
-    // This is `thread`, told otherwise: the comparison above would be kept for this one, in a register that is missing then.
-    let mut turn = warp * WARP_SIZE + lane_id();
-    while turn < deal.turns {
-        let quad = deal.quad(turn);
-        let matrix = deal.matrix(quad.part);
-        let warps = memory.get((warps_at + turn) as usize);
+    // The first warp's lanes finish a quad each.
+    if warp > 0 {
+        return;
+    }
+    let mut made = 0.0;
+    if lane < band.n_quads {
         let mut sums = [0.0f32; TILE_ROWS];
-        for warp in (warps & 0xffff)..=(warps >> 16) {
-            let at = sums_at + (turn + warp) * TILE_ROWS as u32;
+        for tile in 0..n_tiles {
+            let at = sums_at + (lane * n_tiles + tile) * TILE_ROWS as u32;
             let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
             sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
         }
         if E::NORMALISES && input.is_normalised() {
-            let factor = rsqrt(mul_add(input::load_squares(memory, squares), input.per_n, input.eps));
+            let mut square_sum = 0.0;
+            for warp in 0..n_warps {
+                square_sum += f32::from_bits(memory.get((squares_at + warp) as usize));
+            }
+            let factor = rsqrt(mul_add(square_sum, input.per_n, input.eps));
             sums = sums.map(|sum| sum * factor);
         }
         // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
-        unsafe {
-            let prepared = if turn == thread {
-                E::Prepared::load(memory, prepared_place(turn))
-            } else {
-                epilogue.prepare(quad, matrix)
-            };
-            epilogue.finish(quad, matrix, sums, prepared);
+        made = unsafe { epilogue.finish(band.quad(lane), matrix, sums, prepared) };
+    }
+    let squares = epilogue.squares();
+    if !squares.is_null() {
+        let sum = warp_reduce_add(FULL_MASK, made, WARP_SIZE);
+        if lane == 0 {
+            // SAFETY: the block's own sum, by the epilogue's contract.
+            unsafe { *squares.add(block_idx_x() as usize) = sum };
         }
-        turn += block_dim_x();
     }
 }
 
@@ -380,8 +335,8 @@ macro_rules! define_kernels {
         /// - `output`: `y`
         ///
         /// # Thread mapping
-        /// A block takes a run of quads, each of its warps a run of their tiles, a lane one unit of four rows; one
-        /// thread finishes a quad. Blocks of whole warps, at most as many threads as the launch bound says.
+        /// A block takes a band of quads, each of its warps some tiles of some of them, a lane one unit of four rows; one
+        /// thread finishes a quad. Blocks of whole warps, at most [`MAX_WARPS`].
         #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
@@ -469,8 +424,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
-            define_qkv!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
+            define_kernels!($module, 256, 4, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 256, 4, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -479,21 +434,21 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, 384, 2, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 256, 4, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
 /// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.
 pub mod mixed {
     use super::*;
-    define_kernels!(mixed, 384, 1, Q8_1, Any);
-    define_qkv!(mixed, 384, 1, Q8_1, Any);
+    define_kernels!(mixed, 256, 1, Q8_1, Any);
+    define_qkv!(mixed, 256, 1, Q8_1, Any);
 }
 
 /// f32 activations, weights of any format.
 pub mod exact {
     use super::*;
-    define_kernels!(exact, 256, 2, F32Vector, Any);
-    define_qkv!(exact, 256, 2, F32Vector, Any);
+    define_kernels!(exact, 256, 1, F32Vector, Any);
+    define_qkv!(exact, 256, 1, F32Vector, Any);
 }
 
 macro_rules! define_ordered {
@@ -521,7 +476,7 @@ macro_rules! define_ordered {
     )*};
 }
 define_ordered! {
-    (ordered, 384, Q8_1)
+    (ordered, 256, Q8_1)
     (ordered_exact, 256, F32Vector)
 }
 

@@ -93,7 +93,7 @@ impl<'m> Session<'m> {
         Ok(Self {
             model,
             steps: [const { RecordedStep::Fresh }; 3],
-            buffers: Buffers::alloc(device, config, kv_format)?,
+            buffers: Buffers::alloc(device, config, &model.settings)?,
             many,
             logits: device.alloc(config.n_vocab)?,
             many_logits: None,

@@ -1,10 +1,11 @@
 //! Launchers of the operations on heads: rotation, the KV cache, attention.
 
-use super::{Chunk, KvLayer, KvView, Rope, aligned, at_least, dim, launch_1d};
+use super::{Chunk, KvLayer, KvView, Next, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
 use cuda_std::tensor::PANEL_DEPTH;
 use gpu_kernels::attention::MAX_SPLITS;
+use gpu_kernels::operand::Operand;
 use gpu_kernels::prefill_attention::{self as prefill_kernel, MAX_WARPS, WARP_TOKENS};
 use gpu_kernels::step::Step;
 use gpu_kernels::{attention as attention_kernel, kv_cache, rope as rope_kernel};
@@ -145,11 +146,13 @@ fn deal_heads(n_head: usize, n_head_kv: usize) -> Result<(usize, usize)> {
     Ok((blocks, heads_per_kv.div_ceil(blocks)))
 }
 
-/// Attention of one query token, `[n_head, head_dim]`, over the cache's positions up to the step's.
+/// Attention of one query token, `[n_head, head_dim]`, over the cache's positions up to the step's; and the same as the next
+/// product reads it.
 ///
 /// # Errors
 /// When `n_head` is not a multiple of the cache's heads, a buffer is too short, the workspace is of another shape, or the
 /// launch fails.
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
 pub fn attention<'a>(
     device: &Device,
     q: &Buffer<f32>,
@@ -158,6 +161,7 @@ pub fn attention<'a>(
     shape: AttentionShape,
     workspace: &mut AttentionWorkspace,
     out: &mut Buffer<f32>,
+    next: Option<Next>,
 ) -> Result<()> {
     let (cache, AttentionShape { n_head, scale }) = (cache.into(), shape);
     let (blocks_per_kv, heads) = deal_heads(n_head, cache.n_head_kv)?;
@@ -168,11 +172,19 @@ pub fn attention<'a>(
     at_least("attention", "workspace.values", &workspace.values, n_splits * n_head * cache.head_dim)?;
     at_least("attention", "workspace.sums", &workspace.sums, n_splits * n_head * 2)?;
     at_least("attention", "workspace.n_ended", &workspace.n_ended, n_rows)?;
+    let operand = match next {
+        Some(mut next) => {
+            ensure!(next.gamma.is_none(), "attention: its result is not normalised");
+            next.as_ref("attention", n_head * cache.head_dim, n_splits * n_rows)?
+        }
+        None => Operand::NOTHING,
+    };
     let arguments = attention_kernel::Arguments {
         q: q.as_ptr(),
         k_cache: cache.k,
         v_cache: cache.v,
         out: out.as_mut_ptr(),
+        operand,
         step: step.as_ptr(),
         split_values: workspace.values.as_mut_ptr(),
         split_sums: workspace.sums.as_mut_ptr(),
