@@ -70,14 +70,20 @@ fn word_of(values: [f32; 4], inverse: f32) -> u32 {
 
 /// A vector that tiles of weights can be multiplied with.
 pub trait Activations: Copy {
-    /// What a lane holds of it for one unit of weights.
+    /// What a lane reads of it for one unit of weights.
+    type Fetched: Copy;
+    /// What it makes of that.
     type Unit: Copy;
 
-    /// Reads unit `unit` of those that meet tile `tile`.
+    /// Asks for unit `unit` of those that meet tile `tile`: what is done between this and [`unit`](Self::unit) does not wait
+    /// for memory.
     ///
     /// # Safety
     /// The input must be as its fields say, in device memory, and the unit inside it.
-    unsafe fn load(input: &Input, tile: u32, unit: u32) -> Self::Unit;
+    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> Self::Fetched;
+
+    /// The unit.
+    fn unit(input: &Input, fetched: Self::Fetched) -> Self::Unit;
 
     /// `sum` plus the dot product of a unit of weights with the same columns of the vector.
     fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit, sum: f32) -> f32;
@@ -133,26 +139,40 @@ impl Q8_1Unit {
 }
 
 impl Activations for Q8_1 {
+    /// Of an operand 32 bfloat16, of Q8_1 eight words of integers and a factor.
+    type Fetched = [u32; UNIT / 2];
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    unsafe fn load(input: &Input, tile: u32, unit: u32) -> Q8_1Unit {
+    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [u32; UNIT / 2] {
         let (tile, unit) = (tile as usize, unit as usize);
         if input.words.is_null() {
             let unit = tile * TILE_UNITS + unit;
             // SAFETY: the unit is inside the vector, as the caller vouches.
             let ([a, b, c, d], [e, f, g, h], [scale, _]) = unsafe {
                 let quants = input.quants.add(unit * UNIT_WORDS).cast::<[u32; 4]>();
-                (ld_global_u32x4(quants), ld_global_u32x4(quants.add(1)), ld_global_u32x2(input.scales.add(unit).cast()))
+                let scale = input.scales.add(unit).cast();
+                (ld_global_u32x4(quants), ld_global_u32x4(quants.add(1)), ld_global_u32x2(scale))
             };
-            return Q8_1Unit::new([a, b, c, d, e, f, g, h], f32::from_bits(scale));
+            return [a, b, c, d, e, f, g, h, scale, 0, 0, 0, 0, 0, 0, 0];
         }
         // SAFETY: the unit is inside the vector, as the caller vouches.
         let part = |i: usize| unsafe {
-            ld_global_u32x4(input.words.cast::<[u32; 4]>().add((tile * UNIT_OCTETS + i) * TILE_UNITS + unit))
+            let parts = input.words.cast::<[u32; 4]>();
+            ld_global_u32x4(parts.add((tile * UNIT_OCTETS + i) * TILE_UNITS + unit))
         };
         let ([a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]) = (part(0), part(1), part(2), part(3));
-        Q8_1Unit::quantize([a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p])
+        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+    }
+
+    #[inline(always)]
+    fn unit(input: &Input, words: [u32; UNIT / 2]) -> Q8_1Unit {
+        if input.words.is_null() {
+            let [a, b, c, d, e, f, g, h, scale, ..] = words;
+            Q8_1Unit::new([a, b, c, d, e, f, g, h], f32::from_bits(scale))
+        } else {
+            Q8_1Unit::quantize(words)
+        }
     }
 
     #[inline(always)]
@@ -166,10 +186,11 @@ impl Activations for Q8_1 {
 pub struct F32Vector;
 
 impl Activations for F32Vector {
+    type Fetched = [f32; UNIT];
     type Unit = [f32; UNIT];
 
     #[inline(always)]
-    unsafe fn load(input: &Input, tile: u32, unit: u32) -> [f32; UNIT] {
+    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [f32; UNIT] {
         let first = (tile as usize * TILE_UNITS + unit as usize) * UNIT_OCTETS;
         let mut values = [0.0; UNIT];
         let mut part = 0;
@@ -185,6 +206,11 @@ impl Activations for F32Vector {
             }
             part += 1;
         }
+        values
+    }
+
+    #[inline(always)]
+    fn unit(_input: &Input, values: [f32; UNIT]) -> [f32; UNIT] {
         values
     }
 

@@ -32,7 +32,7 @@ impl BlockCopy {
         cfg_select! {
             target_arch = "nvptx64" => {
                 if thread_idx_x() == 0 {
-                    let fillers = if cfg!(cuda_sm_90) { 1 } else { crate::thread::block_dim_x() };
+                    let fillers = if cfg!(all(cuda_sm_90, not(no_bulk))) { 1 } else { crate::thread::block_dim_x() };
                     // SAFETY: the barrier is this thread's until the block meets.
                     unsafe { barrier::init(memory.address_of(barrier as usize), fillers) };
                 }
@@ -55,7 +55,7 @@ impl BlockCopy {
     #[inline(always)]
     pub unsafe fn start(&self, to: u32, from: *const u8, bytes: u32) {
         cfg_select! {
-            all(target_arch = "nvptx64", cuda_sm_90) => {
+            all(target_arch = "nvptx64", cuda_sm_90, not(no_bulk)) => {
                 if thread_idx_x() == 0 {
                     // SAFETY: the barrier is the block's; the caller vouches for the source.
                     unsafe {

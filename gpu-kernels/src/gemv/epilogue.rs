@@ -9,15 +9,52 @@ use crate::rope::rotate;
 use crate::step::Step;
 use core::ptr;
 use cuda_std::float::f32_to_f16;
+use cuda_std::shared::DynamicShared;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use half::f16;
+
+/// What finishing a quad needs besides the sums; it waits in shared memory, where it takes no registers.
+pub trait Prepared: Copy + Default {
+    /// Words of shared memory, a multiple of 4.
+    const WORDS: u32;
+
+    /// Leaves it at word `at`.
+    fn store(self, memory: DynamicShared<u32>, at: usize);
+
+    /// Takes what is at word `at`.
+    fn load(memory: DynamicShared<u32>, at: usize) -> Self;
+}
+
+impl Prepared for () {
+    const WORDS: u32 = 0;
+
+    #[inline(always)]
+    fn store(self, _memory: DynamicShared<u32>, _at: usize) {}
+
+    #[inline(always)]
+    fn load(_memory: DynamicShared<u32>, _at: usize) {}
+}
+
+impl Prepared for [f32; TILE_ROWS] {
+    const WORDS: u32 = 4;
+
+    #[inline(always)]
+    fn store(self, memory: DynamicShared<u32>, at: usize) {
+        memory.set4(at, self.map(f32::to_bits));
+    }
+
+    #[inline(always)]
+    fn load(memory: DynamicShared<u32>, at: usize) -> Self {
+        memory.get4(at).map(f32::from_bits)
+    }
+}
 
 /// What finishes a quad.
 pub trait Epilogue: Copy {
     /// Whether the input may have to be normalised.
     const NORMALISES: bool;
     /// What it fetches beforehand.
-    type Prepared: Copy + Default;
+    type Prepared: Prepared;
 
     /// Fetches what [`finish`](Self::finish) will need, before the sums are there.
     ///
@@ -109,6 +146,21 @@ pub struct Add {
 pub struct AddPrepared {
     y: [f32; TILE_ROWS],
     gamma: [f32; TILE_ROWS],
+}
+
+impl Prepared for AddPrepared {
+    const WORDS: u32 = 8;
+
+    #[inline(always)]
+    fn store(self, memory: DynamicShared<u32>, at: usize) {
+        self.y.store(memory, at);
+        self.gamma.store(memory, at + 4);
+    }
+
+    #[inline(always)]
+    fn load(memory: DynamicShared<u32>, at: usize) -> Self {
+        Self { y: <[f32; 4]>::load(memory, at), gamma: <[f32; 4]>::load(memory, at + 4) }
+    }
 }
 
 impl Epilogue for Add {
@@ -269,6 +321,28 @@ pub struct QkvPrepared {
     /// Of both pairs of the quad.
     rotation: [[f32; 2]; 2],
     position: u32,
+}
+
+impl Prepared for QkvPrepared {
+    const WORDS: u32 = 12;
+
+    #[inline(always)]
+    fn store(self, memory: DynamicShared<u32>, at: usize) {
+        self.bias.store(memory, at);
+        let [[c0, s0], [c1, s1]] = self.rotation;
+        [c0, s0, c1, s1].store(memory, at + 4);
+        memory.set(at + 8, self.position);
+    }
+
+    #[inline(always)]
+    fn load(memory: DynamicShared<u32>, at: usize) -> Self {
+        let [c0, s0, c1, s1] = <[f32; 4]>::load(memory, at + 4);
+        Self {
+            bias: <[f32; 4]>::load(memory, at),
+            rotation: [[c0, s0], [c1, s1]],
+            position: memory.get(at + 8),
+        }
+    }
 }
 
 /// A quad's head, where in it the quad stands, and its rows.

@@ -23,15 +23,16 @@ use cuda_std::grid::{let_next_start, wait_for_previous};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::launch::Kernel;
 use cuda_std::pipeline::BlockCopy;
+use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
 use band::Band;
-use epilogue::{Add, Epilogue, Qkv, Store, StoreOrdered, Swiglu};
+use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
 
 /// Most warps in a block.
-pub const MAX_WARPS: u32 = 8;
+pub const MAX_WARPS: u32 = 32;
 /// Most quads in a band: a lane of the first warp finishes each.
 pub const MAX_QUADS: u32 = WARP_SIZE;
 
@@ -71,6 +72,8 @@ pub struct Schedule {
     pub slab_tiles: u32,
     /// Words of shared memory for the weights.
     pub weight_words: u32,
+    /// scratch
+    pub trace: *mut u64,
 }
 
 impl Schedule {
@@ -80,9 +83,10 @@ impl Schedule {
         self.quads * n_tiles * TILE_ROWS as u32
     }
 
-    /// Words of shared memory in all, for quads of `n_tiles` tiles.
-    pub fn shared_words(self, n_tiles: u32) -> u32 {
-        self.weight_words + BlockCopy::BARRIER_WORDS + MAX_WARPS + self.sums_words(n_tiles)
+    /// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared.
+    pub fn shared_words(self, n_tiles: u32, prepared_words: u32) -> u32 {
+        let fixed = self.weight_words + BlockCopy::BARRIER_WORDS + MAX_WARPS;
+        fixed + self.sums_words(n_tiles) + self.quads * prepared_words
     }
 }
 
@@ -190,6 +194,32 @@ impl Dots for Any {
     }
 }
 
+#[inline(always)]
+fn stamp(schedule: Schedule, i: u32) {
+    if thread_idx_x() == 0 && !schedule.trace.is_null() {
+        #[cfg(target_arch = "nvptx64")]
+        unsafe {
+            let t: u64;
+            core::arch::asm!("mov.u64 {t}, %globaltimer;", t = out(reg64) t, options(nostack));
+            *schedule.trace.add((block_idx_x() * 8 + i) as usize) = t;
+        }
+        let _ = i;
+    }
+}
+
+/// Leaves the sum of this warp's squares at its word from `at` on, zeros for warps that are not there up to a multiple of four.
+#[inline(always)]
+fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32) {
+    let sum = warp_reduce_add(FULL_MASK, square_sum, WARP_SIZE);
+    let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
+    if thread.is_multiple_of(WARP_SIZE) {
+        memory.set((at + thread / WARP_SIZE) as usize, sum.to_bits());
+    }
+    if thread < n_warps.wrapping_neg() % 4 {
+        memory.set((at + n_warps + thread) as usize, 0);
+    }
+}
+
 /// Multiplies one of `matrices`, which lie one below the other, with the vector, and finishes its quads: those of this block.
 ///
 /// # Safety
@@ -206,6 +236,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let (warp, quad_warps) = (thread / WARP_SIZE, n_warps / schedule.tile_warps);
     let (first_quad, first_tile) = (warp / schedule.tile_warps, warp % schedule.tile_warps);
     let (matrix, band) = Band::of_block(matrices, schedule);
+    stamp(schedule, 0);
     let n_units = input.n_units();
     let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
 
@@ -213,6 +244,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let barrier = schedule.weight_words;
     let squares_at = barrier + BlockCopy::BARRIER_WORDS;
     let sums_at = squares_at + MAX_WARPS;
+    let prepared_at = sums_at + schedule.sums_words(n_tiles);
     let mut copy = BlockCopy::new(memory, barrier);
     let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
     // The band's bytes, or a slab's of its only quad.
@@ -224,10 +256,19 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         unsafe { copy.start(0, from.wrapping_add(start as usize), bytes) };
     };
     copy_slab(&copy, 0);
+    stamp(schedule, 1);
     let_next_start();
     wait_for_previous();
+    stamp(schedule, 2);
 
-    // What finishing needs besides the sums, on its way beside the vector.
+    // The vector, and what finishing needs besides the sums, on their way at once.
+    let fetch = |tile: u32| {
+        // Lanes without a unit take another one's: it meets no weights.
+        let last = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32) - 1;
+        // SAFETY: the unit is inside the vector; the input keeps its contract.
+        unsafe { X::fetch(&input, tile, lane.min(last)) }
+    };
+    let mut next = fetch(first_tile);
     let mut prepared = E::Prepared::default();
     if thread < band.n_quads {
         // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
@@ -236,6 +277,8 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     // SAFETY: the input keeps its contract.
     let square_sum = if E::NORMALISES { unsafe { input.squares() } } else { 0.0 };
 
+    let prepared_place = |quad: u32| (prepared_at + quad * E::Prepared::WORDS) as usize;
+
     let mut slab = 0;
     loop {
         let slab_end = (slab + schedule.slab_tiles).min(n_tiles);
@@ -243,11 +286,20 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         let mut is_there = false;
         while tile < slab_end {
             let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-            // Lanes without a unit take another one's: it meets no weights.
-            // SAFETY: the unit is inside the vector; the input keeps its contract.
-            let x = unsafe { X::load(&input, tile, lane.min(tile_units - 1)) };
+            let x = X::unit(&input, next);
             if !is_there {
+                if tile == first_tile {
+                    // What was asked for beside the vector is there, and needs no registers from now on.
+                    if E::NORMALISES {
+                        store_squares(memory, squares_at, square_sum);
+                    }
+                    if thread < band.n_quads {
+                        prepared.store(memory, prepared_place(thread));
+                    }
+                }
+                stamp(schedule, 3);
                 copy.wait();
+                stamp(schedule, 4);
                 is_there = true;
             }
             let mut quad = first_quad;
@@ -266,6 +318,9 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
                 quad += quad_warps;
             }
             tile += schedule.tile_warps;
+            if tile < slab_end {
+                next = fetch(tile);
+            }
         }
         slab = slab_end;
         if slab == n_tiles {
@@ -276,15 +331,14 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         }
         sync_threads();
         copy_slab(&copy, slab);
-    }
-    if E::NORMALISES {
-        let sum = warp_reduce_add(FULL_MASK, square_sum, WARP_SIZE);
-        if lane == 0 {
-            memory.set((squares_at + warp) as usize, sum.to_bits());
+        if slab + first_tile < n_tiles {
+            next = fetch(slab + first_tile);
         }
     }
+    stamp(schedule, 5);
     sync_threads();
 
+    stamp(schedule, 6);
     // The first warp's lanes finish a quad each.
     if warp > 0 {
         return;
@@ -299,14 +353,17 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         }
         if E::NORMALISES && input.is_normalised() {
             let mut square_sum = 0.0;
-            for warp in 0..n_warps {
-                square_sum += f32::from_bits(memory.get((squares_at + warp) as usize));
+            for warps in 0..n_warps.div_ceil(4) {
+                let [a, b, c, d] = memory.get4((squares_at + 4 * warps) as usize).map(f32::from_bits);
+                square_sum += (a + b) + (c + d);
             }
             let factor = rsqrt(mul_add(square_sum, input.per_n, input.eps));
             sums = sums.map(|sum| sum * factor);
         }
         // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
-        made = unsafe { epilogue.finish(band.quad(lane), matrix, sums, prepared) };
+        made = unsafe {
+            epilogue.finish(band.quad(lane), matrix, sums, E::Prepared::load(memory, prepared_place(lane)))
+        };
     }
     let squares = epilogue.squares();
     if !squares.is_null() {
@@ -316,6 +373,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
             unsafe { *squares.add(block_idx_x() as usize) = sum };
         }
     }
+    stamp(schedule, 7);
 }
 
 /// The kernels of a module for activations `$X` and products `$D`.
@@ -424,8 +482,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 256, 4, Q8_1, One<crate::formats::$Type>);
-            define_qkv!($module, 256, 4, Q8_1, One<crate::formats::$Type>);
+            define_kernels!($module, 768, 1, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 768, 1, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -434,7 +492,7 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, 256, 4, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 768, 1, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
 /// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.

@@ -7,9 +7,9 @@ use cuda_std::launch::{Kernel, LaunchConfig};
 use gpu_kernels::activations::Q8_1_BLOCK;
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::TILE_UNITS;
-use gpu_kernels::gemv::epilogue::{Add, Qkv, Store, StoreOrdered, Swiglu};
+use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
-use gpu_kernels::gemv::{self as kernels, Kernels, MAX_QUADS, MAX_WARPS, MatrixRef, Schedule};
+use gpu_kernels::gemv::{self as kernels, Kernels, MAX_QUADS, MatrixRef, Schedule};
 use gpu_kernels::operand::Operand;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
@@ -35,7 +35,7 @@ pub enum Output<'a> {
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
     let is_plain = norm.is_none();
     let input = input("gemv", weights, x, norm)?;
-    let (schedule, config) = schedule(device, &[weights], x.is_exact())?;
+    let (schedule, config) = match output { Output::Add(..) => schedule::<Add>(device, &[weights], x.is_exact())?, _ => schedule::<Store>(device, &[weights], x.is_exact())? };
     let kernels = kernels(weights, x);
     let matrix = weights.as_ref()?;
     let is_natural = weights.order() == RowOrder::NATURAL;
@@ -111,7 +111,7 @@ pub fn gemv_swiglu(
     );
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
-    let (schedule, config) = schedule(device, &[gate_up], x.is_exact())?;
+    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], x.is_exact())?;
     let kernel = kernels(gate_up, x).gemv_swiglu;
     let operand = operand("gemv_swiglu", next, gate_up.n_rows() / 2, config)?;
     let output = Swiglu { y: y.as_mut_ptr(), operand };
@@ -164,7 +164,7 @@ pub fn gemv_qkv(
     at_least("gemv_qkv", "rotation", rotation, rope.frequencies.len())?;
     at_least("gemv_qkv", "step", step, 1)?;
     let output = qkv_output(weights, rope, rotation, step, q, cache)?;
-    let (schedule, config) = schedule(device, &weights.matrices, x.is_exact())?;
+    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, x.is_exact())?;
     let kernel = match x.is_exact() {
         true => &kernels::exact::GEMV_QKV,
         false => kernels::qkv_kernel(weights.matrices.map(Matrix::format)),
@@ -295,10 +295,9 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
 }
 
 /// Bytes of weights that a block asks for, about: several blocks on a multiprocessor have as many on their way.
-const BAND_BYTES: usize = 40 << 10;
 
 /// Deals out the work.
-fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Schedule, LaunchConfig)> {
+fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Schedule, LaunchConfig)> {
     let _ = is_exact;
     let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
     let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
@@ -308,24 +307,27 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
     let env = |name: &str, default: usize| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
 
     // On the CPU the threads of a block take turns: more of them only cost.
-    let (most_warps, wanted, blocks_each) =
-        if device.is_cuda() { (env("WL_WARPS", MAX_WARPS as usize), env("WL_BAND", BAND_BYTES), env("WL_EACH", 1)) } else { (1, room, 4) };
+    let is_cuda = device.is_cuda();
+    let multiprocessors = device.multiprocessors() as usize;
+    let most_warps = if is_exact { 8 } else { env("WL_WARPS", 20) };
+    let most_warps = if is_cuda { most_warps } else { 1 };
     let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(most_warps));
-    let quad_warps = most_warps / tile_warps;
+    let quad_warps = if is_cuda { (env("WL_LEAST", 8) / tile_warps).max(1) } else { 1 };
+    let at_once = if is_cuda { 24 / (tile_warps * quad_warps) } else { 4 };
+    let wanted = if is_cuda { (room / at_once).min(env("WL_BAND", 1 << 20)) } else { room };
     let fits = |quads: usize| {
         let schedule = of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes);
-        4 * schedule.shared_words(n_tiles as u32) as usize <= room
+        4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize <= wanted.max(if quads == 1 { room } else { 0 })
     };
-    // Rather a block for each multiprocessor than more bytes for each.
-    let fair = n_quads.div_ceil(device.multiprocessors() as usize * blocks_each);
-    let quads = (wanted / quad_bytes.max(1)).min(fair).min(MAX_QUADS as usize) / quad_warps * quad_warps;
-    let quads = quads.max(quad_warps);
+    // One round of blocks where it is enough.
+    let fair = n_quads.div_ceil(multiprocessors * at_once);
+    let quads = fair.next_multiple_of(quad_warps).min(MAX_QUADS as usize);
     let quads = (1..=quads).rev().find(|&quads| fits(quads));
     let mut schedule = match quads {
         Some(quads) => of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes),
         None => {
             let fixed = of_quads(1, n_tiles, tile_warps, 0, 0);
-            let left = room.saturating_sub(4 * fixed.shared_words(n_tiles as u32) as usize);
+            let left = room.saturating_sub(4 * fixed.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize);
             let slab_tiles = left / tile_bytes;
             ensure!(
                 slab_tiles > 0,
@@ -344,7 +346,8 @@ fn schedule(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Sc
     let n_blocks: usize = blocks.iter().map(|&blocks| blocks as usize).sum();
     let n_warps = schedule.tile_warps as usize * quad_warps.min(schedule.quads as usize);
     let mut config = launch_1d(n_blocks, 32 * n_warps)?;
-    config.dynamic_shared_bytes = 4 * schedule.shared_words(n_tiles as u32);
+    config.dynamic_shared_bytes = 4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS);
+    schedule.trace = trace(device, n_blocks);
     Ok((schedule, config))
 }
 
@@ -355,5 +358,30 @@ fn of_quads(quads: usize, _n_tiles: usize, tile_warps: usize, slab_tiles: usize,
         tile_warps: tile_warps as u32,
         slab_tiles: slab_tiles as u32,
         weight_words: bytes as u32 / 4,
+        trace: ptr::null_mut(),
     }
+}
+
+/// scratch
+pub static TRACE: std::sync::Mutex<(Option<Buffer<u64>>, usize, Vec<(usize, usize)>)> = std::sync::Mutex::new((None, 0, Vec::new()));
+fn trace(device: &Device, n_blocks: usize) -> *mut u64 {
+    if std::env::var("WL_TRACE").is_err() { return ptr::null_mut(); }
+    let mut t = TRACE.lock().unwrap();
+    if t.0.is_none() { t.0 = Some(device.alloc_zeroed(64 << 20).unwrap()); }
+    let at = t.1;
+    if at + n_blocks * 8 > 64 << 20 { return ptr::null_mut(); }
+    t.1 += n_blocks * 8;
+    t.2.push((at, n_blocks));
+    t.0.as_mut().unwrap().as_mut_ptr().wrapping_add(at)
+}
+/// scratch
+pub fn dump_trace(device: &Device) {
+    let Ok(path) = std::env::var("WL_TRACE") else { return };
+    let t = TRACE.lock().unwrap();
+    let values = device.to_vec(t.0.as_ref().unwrap()).unwrap();
+    let mut out = Vec::<u8>::new();
+    out.extend((t.2.len() as u64).to_le_bytes());
+    for (a, n) in &t.2 { out.extend((*a as u64).to_le_bytes()); out.extend((*n as u64).to_le_bytes()); }
+    out.extend(bytemuck::cast_slice::<u64, u8>(&values[..t.1]));
+    std::fs::write(path, out).unwrap();
 }

@@ -5,7 +5,7 @@
 mod attention;
 mod elementwise;
 mod gemm;
-mod gemv;
+pub mod gemv;
 mod kv;
 mod matrix;
 mod read;
