@@ -3,11 +3,11 @@
 #[cfg(target_arch = "nvptx64")]
 mod barrier;
 mod block;
-mod once;
+mod paced;
 mod thread;
 
 pub use block::{BlockCopies, Piece};
-pub use once::BlockCopy;
+pub use paced::PacedCopy;
 pub use thread::{commit_copies, copy_async, wait_for_copies};
 
 use crate::shared::DynamicShared;

@@ -12,7 +12,8 @@ use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
 use crate::gemv::input::Input;
 use crate::operand::octet_of;
 use bytemuck::{Pod, Zeroable};
-use cuda_std::float::{abs, bf16x2_max, bf16x2_to_f32, div_approx, max, mul_add, round_ties_even};
+use cuda_std::float::{abs, bf16x2_max, bf16x2_to_f32, div_approx, low_bits_of_integer, max, mul_add};
+use cuda_std::intrinsics::low_bytes;
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4};
 use cuda_std::warp::{FULL_MASK, warp_reduce_max};
 
@@ -64,8 +65,7 @@ fn inverse(amax: f32) -> f32 {
 /// Four values, times `inverse`, as integers.
 #[inline(always)]
 fn word_of(values: [f32; 4], inverse: f32) -> u32 {
-    let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
-    q0 | q1 << 8 | q2 << 16 | q3 << 24
+    low_bytes(values.map(|value| low_bits_of_integer(value * inverse)))
 }
 
 /// A vector that tiles of weights can be multiplied with.

@@ -3,7 +3,7 @@
 use crate::activations::Q8_1Scale;
 use crate::formats::UNIT;
 use cuda_std::memory::ld_global_u32;
-use cuda_std::thread::{block_dim_x, thread_idx_x};
+use cuda_std::thread::thread_idx_x;
 
 /// A vector, as a launch passes it: an [operand](crate::operand), Q8_1, or f32 values.
 ///
@@ -48,14 +48,14 @@ impl Input {
         self.n_squares > 0
     }
 
-    /// This thread's part of the sum of the squares.
+    /// This thread's part of the sum of the squares, of `n_threads` threads.
     ///
     /// # Safety
     /// The sums must be as the fields say.
     #[inline(always)]
-    pub unsafe fn squares(&self) -> f32 {
+    pub unsafe fn squares(&self, n_threads: u32) -> f32 {
         let mut sum = 0.0;
-        let (mut i, stride) = (thread_idx_x(), block_dim_x());
+        let (mut i, stride) = (thread_idx_x(), n_threads);
         while i < self.n_squares {
             // Four on their way at once.
             let square = |i: u32| {

@@ -22,7 +22,7 @@ use cuda_std::float::{mul_add, rsqrt};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::launch::Kernel;
-use cuda_std::pipeline::BlockCopy;
+use cuda_std::pipeline::PacedCopy;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_add_4};
@@ -72,11 +72,23 @@ pub struct Schedule {
     pub slab_tiles: u32,
     /// Words of shared memory for the weights.
     pub weight_words: u32,
+    /// Warps that multiply: a multiple of `tile_warps`. One more copies, where the block has one.
+    pub warps: u32,
+    /// Bytes of weights in a piece, a multiple of 16.
+    pub piece_bytes: u32,
+    /// Pieces that are on their way at a time.
+    pub window: u32,
     /// scratch
     pub trace: *mut u64,
 }
 
 impl Schedule {
+    /// Pieces in which weights are copied.
+    #[inline(always)]
+    pub fn n_pieces(self) -> u32 {
+        (4 * self.weight_words).div_ceil(self.piece_bytes)
+    }
+
     /// Words of shared memory for a band's sums, tile by tile.
     #[inline(always)]
     pub fn sums_words(self, n_tiles: u32) -> u32 {
@@ -85,7 +97,7 @@ impl Schedule {
 
     /// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared.
     pub fn shared_words(self, n_tiles: u32, prepared_words: u32) -> u32 {
-        let fixed = self.weight_words + BlockCopy::BARRIER_WORDS + MAX_WARPS;
+        let fixed = self.weight_words + PacedCopy::barrier_words(self.n_pieces()) + MAX_WARPS;
         fixed + self.sums_words(n_tiles) + self.quads * prepared_words
     }
 }
@@ -209,9 +221,9 @@ fn stamp(schedule: Schedule, i: u32) {
 
 /// Leaves the sum of this warp's squares at its word from `at` on, zeros for warps that are not there up to a multiple of four.
 #[inline(always)]
-fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32) {
+fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32, n_warps: u32) {
     let sum = warp_reduce_add(FULL_MASK, square_sum, WARP_SIZE);
-    let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
+    let thread = thread_idx_x();
     if thread.is_multiple_of(WARP_SIZE) {
         memory.set((at + thread / WARP_SIZE) as usize, sum.to_bits());
     }
@@ -233,7 +245,8 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     epilogue: E,
 ) {
     let (thread, lane, n_warps) = (thread_idx_x(), lane_id(), block_dim_x() / WARP_SIZE);
-    let (warp, quad_warps) = (thread / WARP_SIZE, n_warps / schedule.tile_warps);
+    let (warp, quad_warps) = (thread / WARP_SIZE, schedule.warps / schedule.tile_warps);
+    let (is_copier, multiplies) = (warp == n_warps - 1, warp < schedule.warps);
     let (first_quad, first_tile) = (warp / schedule.tile_warps, warp % schedule.tile_warps);
     let (matrix, band) = Band::of_block(matrices, schedule);
     stamp(schedule, 0);
@@ -242,23 +255,28 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
 
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
     let barrier = schedule.weight_words;
-    let squares_at = barrier + BlockCopy::BARRIER_WORDS;
+    let squares_at = barrier + PacedCopy::barrier_words(schedule.n_pieces());
     let sums_at = squares_at + MAX_WARPS;
     let prepared_at = sums_at + schedule.sums_words(n_tiles);
-    let mut copy = BlockCopy::new(memory, barrier);
+    let copy = PacedCopy::new(memory, barrier, schedule.n_pieces(), schedule.piece_bytes);
     let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
     // The band's bytes, or a slab's of its only quad.
-    let copy_slab = |copy: &BlockCopy, slab: u32| {
-        let start = slab * matrix.tile_bytes;
-        let end = (start + schedule.slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
-        let bytes = if schedule.slab_tiles < n_tiles { end - start } else { band.n_quads * matrix.quad_bytes };
-        // SAFETY: the bytes are the matrix's, and fit the room for weights.
-        unsafe { copy.start(0, from.wrapping_add(start as usize), bytes) };
+    let copy_slab = |round: u32, slab: u32| {
+        if is_copier {
+            let start = slab * matrix.tile_bytes;
+            let end = (start + schedule.slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
+            let bytes =
+                if schedule.slab_tiles < n_tiles { end - start } else { band.n_quads * matrix.quad_bytes };
+            // SAFETY: the bytes are the matrix's, and fit the room for weights.
+            unsafe { copy.run(round, 0, from.wrapping_add(start as usize), bytes, schedule.window) };
+        }
     };
-    copy_slab(&copy, 0);
     stamp(schedule, 1);
     let_next_start();
-    wait_for_previous();
+    copy_slab(0, 0);
+    if multiplies {
+        wait_for_previous();
+    }
     stamp(schedule, 2);
 
     // The vector, and what finishing needs besides the sums, on their way at once.
@@ -268,44 +286,40 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         // SAFETY: the unit is inside the vector; the input keeps its contract.
         unsafe { X::fetch(&input, tile, lane.min(last)) }
     };
-    let mut next = fetch(first_tile);
+    let mut next = fetch(first_tile.min(n_tiles - 1));
     let mut prepared = E::Prepared::default();
     if thread < band.n_quads {
         // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
         prepared = unsafe { epilogue.prepare(band.quad(thread), matrix) };
     }
     // SAFETY: the input keeps its contract.
-    let square_sum = if E::NORMALISES { unsafe { input.squares() } } else { 0.0 };
+    let square_sum = if E::NORMALISES { unsafe { input.squares(schedule.warps * WARP_SIZE) } } else { 0.0 };
 
     let prepared_place = |quad: u32| (prepared_at + quad * E::Prepared::WORDS) as usize;
 
-    let mut slab = 0;
+    let (mut slab, mut round) = (0, 0);
     loop {
         let slab_end = (slab + schedule.slab_tiles).min(n_tiles);
         let mut tile = slab + first_tile;
-        let mut is_there = false;
-        while tile < slab_end {
+        while multiplies && tile < slab_end {
             let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
             let x = X::unit(&input, next);
-            if !is_there {
-                if tile == first_tile {
-                    // What was asked for beside the vector is there, and needs no registers from now on.
-                    if E::NORMALISES {
-                        store_squares(memory, squares_at, square_sum);
-                    }
-                    if thread < band.n_quads {
-                        prepared.store(memory, prepared_place(thread));
-                    }
+            if tile == first_tile {
+                // What was asked for beside the vector is there, and needs no registers from now on.
+                if E::NORMALISES {
+                    store_squares(memory, squares_at, square_sum, schedule.warps);
+                }
+                if thread < band.n_quads {
+                    prepared.store(memory, prepared_place(thread));
                 }
                 stamp(schedule, 3);
-                copy.wait();
-                stamp(schedule, 4);
-                is_there = true;
             }
             let mut quad = first_quad;
             while quad < band.n_quads {
-                let start = (quad * matrix.quad_bytes + (tile - slab) * matrix.tile_bytes) / 4;
-                let source = SharedTile { memory, start: start as usize };
+                let start = quad * matrix.quad_bytes + (tile - slab) * matrix.tile_bytes;
+                let bytes = if tile + 1 == n_tiles { matrix.last_tile_bytes } else { matrix.tile_bytes };
+                copy.wait(round, start, start + bytes);
+                let source = SharedTile { memory, start: start as usize / 4 };
                 let mut sums = [0.0f32; TILE_ROWS];
                 if lane < tile_units {
                     sums = D::dots::<X>(matrix.format, source, tile_units as usize, lane as usize, &x, sums);
@@ -326,11 +340,9 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         if slab == n_tiles {
             break;
         }
-        if !is_there {
-            copy.wait();
-        }
         sync_threads();
-        copy_slab(&copy, slab);
+        round += 1;
+        copy_slab(round, slab);
         if slab + first_tile < n_tiles {
             next = fetch(slab + first_tile);
         }
@@ -353,7 +365,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         }
         if E::NORMALISES && input.is_normalised() {
             let mut square_sum = 0.0;
-            for warps in 0..n_warps.div_ceil(4) {
+            for warps in 0..schedule.warps.div_ceil(4) {
                 let [a, b, c, d] = memory.get4((squares_at + 4 * warps) as usize).map(f32::from_bits);
                 square_sum += (a + b) + (c + d);
             }

@@ -309,12 +309,12 @@ fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) 
     // On the CPU the threads of a block take turns: more of them only cost.
     let is_cuda = device.is_cuda();
     let multiprocessors = device.multiprocessors() as usize;
-    let most_warps = if is_exact { 8 } else { env("WL_WARPS", 20) };
-    let most_warps = if is_cuda { most_warps } else { 1 };
+    let most_warps = if is_cuda { env("WL_WARPS", 7) } else { 1 };
     let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(most_warps));
-    let quad_warps = if is_cuda { (env("WL_LEAST", 8) / tile_warps).max(1) } else { 1 };
-    let at_once = if is_cuda { 24 / (tile_warps * quad_warps) } else { 4 };
-    let wanted = if is_cuda { (room / at_once).min(env("WL_BAND", 1 << 20)) } else { room };
+    let quad_warps = if is_cuda { (env("WL_LEAST", 4) / tile_warps).max(1) } else { 1 };
+    let n_copiers = usize::from(is_cuda);
+    let at_once = if is_cuda { if is_exact { 1 } else { env("WL_TOTAL", 24) / (tile_warps * quad_warps + n_copiers) } } else { 4 };
+    let wanted = if is_cuda { (room / at_once - 1024).min(env("WL_BAND", 1 << 20)) } else { room };
     let fits = |quads: usize| {
         let schedule = of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes);
         4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize <= wanted.max(if quads == 1 { room } else { 0 })
@@ -344,7 +344,9 @@ fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) 
         *part = blocks;
     }
     let n_blocks: usize = blocks.iter().map(|&blocks| blocks as usize).sum();
-    let n_warps = schedule.tile_warps as usize * quad_warps.min(schedule.quads as usize);
+    schedule.warps = schedule.tile_warps * quad_warps.min(schedule.quads as usize) as u32;
+    let n_warps = schedule.warps as usize + n_copiers;
+    schedule.window = if is_cuda { env("WL_WINDOW", 1) as u32 } else { u32::MAX };
     let mut config = launch_1d(n_blocks, 32 * n_warps)?;
     config.dynamic_shared_bytes = 4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS);
     schedule.trace = trace(device, n_blocks);
@@ -358,6 +360,9 @@ fn of_quads(quads: usize, _n_tiles: usize, tile_warps: usize, slab_tiles: usize,
         tile_warps: tile_warps as u32,
         slab_tiles: slab_tiles as u32,
         weight_words: bytes as u32 / 4,
+        warps: 0,
+        piece_bytes: std::env::var("WL_PIECE").ok().and_then(|v| v.parse().ok()).unwrap_or(4096),
+        window: 0,
         trace: ptr::null_mut(),
     }
 }
