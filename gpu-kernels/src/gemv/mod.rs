@@ -113,6 +113,9 @@ kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 
 /// How the products of a tile are made.
 pub trait Dots {
+    /// Whether a quad may be too long for shared memory, and is then taken in slabs.
+    const IN_SLABS: bool;
+
     /// `sums` plus the products of the tile's four rows with the vector's unit of this lane.
     fn dots<X: Activations>(
         format: u32,
@@ -128,6 +131,8 @@ pub trait Dots {
 pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
+    const IN_SLABS: bool = false;
+
     #[inline(always)]
     fn dots<X: Activations>(
         _: u32,
@@ -151,6 +156,8 @@ impl<F: WeightFormat> Dots for One<F> {
 pub struct Either<F, G>(PhantomData<(F, G)>);
 
 impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
+    const IN_SLABS: bool = false;
+
     #[inline(always)]
     fn dots<X: Activations>(
         format: u32,
@@ -172,6 +179,8 @@ impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
 pub struct Any;
 
 impl Dots for Any {
+    const IN_SLABS: bool = true;
+
     #[inline(always)]
     fn dots<X: Activations>(
         format: u32,
@@ -253,6 +262,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let n_units = input.n_units();
     let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
 
+    let slab_tiles = if D::IN_SLABS { schedule.slab_tiles } else { n_tiles };
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
     let barrier = schedule.weight_words;
     let squares_at = barrier + PacedCopy::barrier_words(schedule.n_pieces());
@@ -264,9 +274,9 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let copy_slab = |round: u32, slab: u32| {
         if is_copier {
             let start = slab * matrix.tile_bytes;
-            let end = (start + schedule.slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
+            let end = (start + slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
             let bytes =
-                if schedule.slab_tiles < n_tiles { end - start } else { band.n_quads * matrix.quad_bytes };
+                if D::IN_SLABS && slab_tiles < n_tiles { end - start } else { band.n_quads * matrix.quad_bytes };
             // SAFETY: the bytes are the matrix's, and fit the room for weights.
             unsafe { copy.run(round, 0, from.wrapping_add(start as usize), bytes, schedule.window) };
         }
@@ -299,7 +309,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
 
     let (mut slab, mut round) = (0, 0);
     loop {
-        let slab_end = (slab + schedule.slab_tiles).min(n_tiles);
+        let slab_end = (slab + slab_tiles).min(n_tiles);
         let mut tile = slab + first_tile;
         while multiplies && tile < slab_end {
             let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
@@ -337,7 +347,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
             }
         }
         slab = slab_end;
-        if slab == n_tiles {
+        if !D::IN_SLABS || slab == n_tiles {
             break;
         }
         sync_threads();

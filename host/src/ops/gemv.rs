@@ -313,15 +313,17 @@ fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) 
     let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(most_warps));
     let quad_warps = if is_cuda { (env("WL_LEAST", 4) / tile_warps).max(1) } else { 1 };
     let n_copiers = usize::from(is_cuda);
-    let at_once = if is_cuda { if is_exact { 1 } else { env("WL_TOTAL", 24) / (tile_warps * quad_warps + n_copiers) } } else { 4 };
-    let wanted = if is_cuda { (room / at_once - 1024).min(env("WL_BAND", 1 << 20)) } else { room };
+    let slot = if is_cuda { env("WL_SLOT", 48 << 10) } else { room };
     let fits = |quads: usize| {
         let schedule = of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes);
-        4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize <= wanted.max(if quads == 1 { room } else { 0 })
+        4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize <= room
     };
-    // One round of blocks where it is enough.
-    let fair = n_quads.div_ceil(multiprocessors * at_once);
-    let quads = fair.next_multiple_of(quad_warps).min(MAX_QUADS as usize);
+    // Blocks for each multiprocessor, of as much as a slot holds: in one round where there is little.
+    let per_multiprocessor = (n_quads * quad_bytes).div_ceil(multiprocessors).div_ceil(slot);
+    let per_multiprocessor = if is_cuda { per_multiprocessor.max(env("WL_MIN", 1)) } else { 4 };
+    let fair = n_quads.div_ceil(multiprocessors * per_multiprocessor);
+    let quads = if per_multiprocessor > env("WL_ROUND", 4) { (slot / quad_bytes).max(1) } else { fair };
+    let quads = quads.next_multiple_of(quad_warps).min(MAX_QUADS as usize);
     let quads = (1..=quads).rev().find(|&quads| fits(quads));
     let mut schedule = match quads {
         Some(quads) => of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes),
