@@ -20,26 +20,26 @@ pub struct PacedCopy {
     memory: DynamicShared<u32>,
     /// The word at which the pieces' barriers start.
     barriers: u32,
-    piece_bytes: u32,
 }
 
 /// Words of a barrier.
 const BARRIER_WORDS: u32 = 2;
+/// Bytes of a piece, a power of two.
+const PIECE_BYTES: u32 = 4096;
 
 impl PacedCopy {
-    /// Words of shared memory for the barriers of `n_pieces` pieces.
+    /// Words of shared memory for the barriers of copies of up to `bytes` bytes.
     #[inline(always)]
-    pub const fn barrier_words(n_pieces: u32) -> u32 {
-        (n_pieces * BARRIER_WORDS).next_multiple_of(4)
+    pub const fn barrier_words(bytes: u32) -> u32 {
+        (bytes.div_ceil(PIECE_BYTES) * BARRIER_WORDS).next_multiple_of(4)
     }
 
-    /// No copy yet, of at most `n_pieces` pieces of `piece_bytes` bytes, a multiple of 16, with barriers from word `barriers`
-    /// on, a multiple of 4. All threads meet.
+    /// No copy yet, of up to `bytes` bytes, with barriers from word `barriers` on, a multiple of 4. All threads meet.
     #[inline(always)]
-    pub fn new(memory: DynamicShared<u32>, barriers: u32, n_pieces: u32, piece_bytes: u32) -> Self {
-        let copy = Self { memory, barriers, piece_bytes };
+    pub fn new(memory: DynamicShared<u32>, barriers: u32, bytes: u32) -> Self {
+        let copy = Self { memory, barriers };
         let mut piece = thread_idx_x();
-        while piece < n_pieces {
+        while piece < bytes.div_ceil(PIECE_BYTES) {
             copy.set_barrier(piece);
             piece += crate::thread::block_dim_x();
         }
@@ -64,18 +64,18 @@ impl PacedCopy {
             // SAFETY: the piece is inside what the caller vouches for.
             unsafe {
                 let from = from.add(start as usize);
-                self.start(piece, to + start / 4, from, self.piece_bytes.min(bytes - start));
+                self.start(piece, to + start / 4, from, PIECE_BYTES.min(bytes - start));
             }
             piece += 1;
-            start += self.piece_bytes;
+            start += PIECE_BYTES;
         }
     }
 
     /// Waits until bytes `start` to `end` of copy number `round` have arrived.
     #[inline(always)]
     pub fn wait(&self, round: u32, start: u32, end: u32) {
-        let mut piece = start / self.piece_bytes;
-        while piece * self.piece_bytes < end {
+        let mut piece = start / PIECE_BYTES;
+        while piece * PIECE_BYTES < end {
             self.wait_for(piece, round);
             piece += 1;
         }

@@ -28,18 +28,18 @@ impl Band {
     #[inline(always)]
     pub fn of_block<const N: usize>(matrices: [MatrixRef; N], schedule: Schedule) -> (MatrixRef, Self) {
         let mut block = block_idx_x();
-        let (mut part, mut matrix) = (0, matrices[0]);
+        let (mut part, mut matrix, mut shares) = (0, matrices[0], schedule.shares[0]);
         // Written out: an array of arguments that is indexed at run time would be copied into local memory.
-        if N > 1 && block >= schedule.part_blocks[0] {
-            block -= schedule.part_blocks[0];
-            (part, matrix) = (1, matrices[1 % N]);
-            if N > 2 && block >= schedule.part_blocks[1] {
-                block -= schedule.part_blocks[1];
-                (part, matrix) = (2, matrices[2 % N]);
+        if N > 1 && block >= shares.blocks {
+            block -= shares.blocks;
+            (part, matrix, shares) = (1, matrices[1 % N], schedule.shares[1]);
+            if N > 2 && block >= shares.blocks {
+                block -= shares.blocks;
+                (part, matrix, shares) = (2, matrices[2 % N], schedule.shares[2]);
             }
         }
-        let first = block * schedule.quads;
-        (matrix, Self { part, first, n_quads: schedule.quads.min(matrix.n_quads - first) })
+        let first = block * shares.quads + block.min(shares.blocks_with_more);
+        (matrix, Self { part, first, n_quads: shares.quads + u32::from(block < shares.blocks_with_more) })
     }
 
     /// Quad `i` of the band.

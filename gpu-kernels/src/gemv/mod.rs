@@ -58,14 +58,26 @@ pub struct MatrixRef {
     pub order: RowOrder,
 }
 
+/// How the quads of a matrix are dealt out to blocks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shares {
+    /// Blocks that take them.
+    pub blocks: u32,
+    /// Quads of each.
+    pub quads: u32,
+    /// The first so many have one more.
+    pub blocks_with_more: u32,
+}
+
 /// How the work is dealt out, chosen by the launcher.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
-    /// Quads in a band, but for the last one of a matrix: at most [`MAX_QUADS`].
+    /// How the quads of each matrix are dealt out.
+    pub shares: [Shares; 3],
+    /// Quads of the largest band, at most [`MAX_QUADS`].
     pub quads: u32,
-    /// Blocks that the first and the second matrix take, where there are others below them.
-    pub part_blocks: [u32; 2],
     /// Warps that share the tiles of a quad, no more than these are; the block has a multiple of as many.
     pub tile_warps: u32,
     /// Tiles of a quad that are in shared memory at once: all, unless bands of one quad are too long.
@@ -74,21 +86,13 @@ pub struct Schedule {
     pub weight_words: u32,
     /// Warps that multiply: a multiple of `tile_warps`. One more copies, where the block has one.
     pub warps: u32,
-    /// Bytes of weights in a piece, a multiple of 16.
-    pub piece_bytes: u32,
-    /// Pieces that are on their way at a time.
+    /// Pieces of weights ([`PacedCopy`]) that a block has on their way at a time.
     pub window: u32,
     /// scratch
     pub trace: *mut u64,
 }
 
 impl Schedule {
-    /// Pieces in which weights are copied.
-    #[inline(always)]
-    pub fn n_pieces(self) -> u32 {
-        (4 * self.weight_words).div_ceil(self.piece_bytes)
-    }
-
     /// Words of shared memory for a band's sums, tile by tile.
     #[inline(always)]
     pub fn sums_words(self, n_tiles: u32) -> u32 {
@@ -97,7 +101,7 @@ impl Schedule {
 
     /// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared.
     pub fn shared_words(self, n_tiles: u32, prepared_words: u32) -> u32 {
-        let fixed = self.weight_words + PacedCopy::barrier_words(self.n_pieces()) + MAX_WARPS;
+        let fixed = self.weight_words + PacedCopy::barrier_words(4 * self.weight_words) + MAX_WARPS;
         fixed + self.sums_words(n_tiles) + self.quads * prepared_words
     }
 }
@@ -115,6 +119,8 @@ kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 pub trait Dots {
     /// Whether a quad may be too long for shared memory, and is then taken in slabs.
     const IN_SLABS: bool;
+    /// Whether two quads are multiplied at a time.
+    const PAIRS: bool;
 
     /// `sums` plus the products of the tile's four rows with the vector's unit of this lane.
     fn dots<X: Activations>(
@@ -132,6 +138,7 @@ pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
     const IN_SLABS: bool = false;
+    const PAIRS: bool = true;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -157,6 +164,7 @@ pub struct Either<F, G>(PhantomData<(F, G)>);
 
 impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     const IN_SLABS: bool = false;
+    const PAIRS: bool = true;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -180,6 +188,7 @@ pub struct Any;
 
 impl Dots for Any {
     const IN_SLABS: bool = true;
+    const PAIRS: bool = false;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -265,10 +274,10 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let slab_tiles = if D::IN_SLABS { schedule.slab_tiles } else { n_tiles };
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
     let barrier = schedule.weight_words;
-    let squares_at = barrier + PacedCopy::barrier_words(schedule.n_pieces());
+    let squares_at = barrier + PacedCopy::barrier_words(4 * schedule.weight_words);
     let sums_at = squares_at + MAX_WARPS;
     let prepared_at = sums_at + schedule.sums_words(n_tiles);
-    let copy = PacedCopy::new(memory, barrier, schedule.n_pieces(), schedule.piece_bytes);
+    let copy = PacedCopy::new(memory, barrier, 4 * schedule.weight_words);
     let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
     // The band's bytes, or a slab's of its only quad.
     let copy_slab = |round: u32, slab: u32| {
@@ -324,21 +333,42 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
                 }
                 stamp(schedule, 3);
             }
-            let mut quad = first_quad;
-            while quad < band.n_quads {
+            let source = |quad: u32| {
                 let start = quad * matrix.quad_bytes + (tile - slab) * matrix.tile_bytes;
                 let bytes = if tile + 1 == n_tiles { matrix.last_tile_bytes } else { matrix.tile_bytes };
                 copy.wait(round, start, start + bytes);
-                let source = SharedTile { memory, start: start as usize / 4 };
-                let mut sums = [0.0f32; TILE_ROWS];
-                if lane < tile_units {
-                    sums = D::dots::<X>(matrix.format, source, tile_units as usize, lane as usize, &x, sums);
-                }
-                let sum = warp_reduce_add_4(sums);
+                SharedTile { memory, start: start as usize / 4 }
+            };
+            let dots = |source: SharedTile| {
+                D::dots::<X>(matrix.format, source, tile_units as usize, lane as usize, &x, [0.0; TILE_ROWS])
+            };
+            let store = |quad: u32, sum: f32| {
                 if lane.is_multiple_of(8) {
                     let at = sums_at + (quad * n_tiles + tile) * TILE_ROWS as u32 + lane / 8;
                     memory.set(at as usize, sum.to_bits());
                 }
+            };
+            let has_unit = lane < tile_units;
+            let mut quad = first_quad;
+            // Two at a time: one's instructions need not wait for what the other's give.
+            while D::PAIRS && quad + quad_warps < band.n_quads {
+                let (near, far) = (source(quad), source(quad + quad_warps));
+                let (mut near_sums, mut far_sums) = ([0.0f32; TILE_ROWS], [0.0f32; TILE_ROWS]);
+                if has_unit {
+                    (near_sums, far_sums) = (dots(near), dots(far));
+                }
+                let (near_sum, far_sum) = (warp_reduce_add_4(near_sums), warp_reduce_add_4(far_sums));
+                store(quad, near_sum);
+                store(quad + quad_warps, far_sum);
+                quad += 2 * quad_warps;
+            }
+            while quad < band.n_quads {
+                let source = source(quad);
+                let mut sums = [0.0f32; TILE_ROWS];
+                if has_unit {
+                    sums = dots(source);
+                }
+                store(quad, warp_reduce_add_4(sums));
                 quad += quad_warps;
             }
             tile += schedule.tile_warps;

@@ -9,7 +9,7 @@ use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::TILE_UNITS;
 use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
-use gpu_kernels::gemv::{self as kernels, Kernels, MAX_QUADS, MatrixRef, Schedule};
+use gpu_kernels::gemv::{self as kernels, Kernels, MAX_QUADS, MatrixRef, Schedule, Shares};
 use gpu_kernels::operand::Operand;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
@@ -323,13 +323,14 @@ fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) 
     let per_multiprocessor = if is_cuda { per_multiprocessor.max(env("WL_MIN", 1)) } else { 4 };
     let fair = n_quads.div_ceil(multiprocessors * per_multiprocessor);
     let quads = if per_multiprocessor > env("WL_ROUND", 4) { (slot / quad_bytes).max(1) } else { fair };
-    let quads = quads.next_multiple_of(quad_warps).min(MAX_QUADS as usize);
+    let quads = quads.min(MAX_QUADS as usize);
     let quads = (1..=quads).rev().find(|&quads| fits(quads));
     let mut schedule = match quads {
         Some(quads) => of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes),
         None => {
             let fixed = of_quads(1, n_tiles, tile_warps, 0, 0);
-            let left = room.saturating_sub(4 * fixed.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize);
+            // The barriers' room is not known yet, and is small.
+            let left = room.saturating_sub(4 * fixed.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize + 1024);
             let slab_tiles = left / tile_bytes;
             ensure!(
                 slab_tiles > 0,
@@ -340,15 +341,19 @@ fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) 
             of_quads(1, n_tiles, tile_warps.min(slab_tiles), slab_tiles, slab_tiles * tile_bytes)
         }
     };
-    let blocks: Vec<u32> =
-        matrices.iter().map(|matrix| matrix.n_quads().div_ceil(schedule.quads as usize) as u32).collect();
-    for (part, &blocks) in schedule.part_blocks.iter_mut().zip(&blocks) {
-        *part = blocks;
+    for (shares, matrix) in schedule.shares.iter_mut().zip(matrices) {
+        // Each block as many as any other, or one more.
+        let blocks = matrix.n_quads().div_ceil(schedule.quads as usize);
+        *shares = Shares {
+            blocks: blocks as u32,
+            quads: (matrix.n_quads() / blocks) as u32,
+            blocks_with_more: (matrix.n_quads() % blocks) as u32,
+        };
     }
-    let n_blocks: usize = blocks.iter().map(|&blocks| blocks as usize).sum();
+    let n_blocks: usize = schedule.shares.iter().map(|shares| shares.blocks as usize).sum();
     schedule.warps = schedule.tile_warps * quad_warps.min(schedule.quads as usize) as u32;
     let n_warps = schedule.warps as usize + n_copiers;
-    schedule.window = if is_cuda { env("WL_WINDOW", 1) as u32 } else { u32::MAX };
+    schedule.window = if is_cuda { env("WL_WINDOW", 2) as u32 } else { u32::MAX };
     let mut config = launch_1d(n_blocks, 32 * n_warps)?;
     config.dynamic_shared_bytes = 4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS);
     schedule.trace = trace(device, n_blocks);
@@ -358,12 +363,11 @@ fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) 
 fn of_quads(quads: usize, _n_tiles: usize, tile_warps: usize, slab_tiles: usize, bytes: usize) -> Schedule {
     Schedule {
         quads: quads as u32,
-        part_blocks: [0; 2],
+        shares: [Shares::default(); 3],
         tile_warps: tile_warps as u32,
         slab_tiles: slab_tiles as u32,
         weight_words: bytes as u32 / 4,
         warps: 0,
-        piece_bytes: std::env::var("WL_PIECE").ok().and_then(|v| v.parse().ok()).unwrap_or(4096),
         window: 0,
         trace: ptr::null_mut(),
     }
