@@ -31,7 +31,7 @@ pub const HEAD_DIM_STEP: usize = 16;
 /// Most blocks that share a context.
 pub const MAX_SPLITS: usize = 64;
 /// Most query heads that a block takes.
-pub const MAX_HEADS: usize = 4;
+pub const MAX_HEADS: usize = 2;
 /// Positions that are worth a block of their own: fewer blocks than there could be share a shorter context.
 pub const SPLIT_POSITIONS: u32 = 128;
 // So no split is empty: a length beyond `(n - 1) * SPLIT_POSITIONS` has more than `n - 1` positions for each of `n`.
@@ -377,7 +377,7 @@ unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
 #[inline(always)]
 fn reduce<const HEADS: usize>(scores: [[f32; 2]; HEADS], lanes: u32) -> [[f32; 2]; HEADS] {
     // As one list, of a length that is known for each number of heads.
-    let mut list = [0.0f32; 2 * MAX_HEADS];
+    let mut list = [0.0f32; 8];
     for head in 0..HEADS {
         list[2 * head] = scores[head][0];
         list[2 * head + 1] = scores[head][1];

@@ -2,7 +2,7 @@
 
 use crate::activations::Q8_1Scale;
 use crate::formats::UNIT;
-use cuda_std::memory::ld_global_u32;
+use cuda_std::memory::ld_global_u32x4;
 use cuda_std::thread::thread_idx_x;
 
 /// A vector, as a launch passes it: an [operand](crate::operand), Q8_1, or f32 values.
@@ -23,7 +23,7 @@ pub struct Input {
     pub values: *const f32,
     /// On the exact path `[n]` likewise, the factors of RMSNorm; null where nothing is normalised.
     pub gamma: *const f32,
-    /// `[n_squares]`, which add up to the sum of the squares of the vector that is to be normalised.
+    /// `[n_squares]`, at a multiple of 16 bytes and readable up to one, which add up to the sum of the squares of the vector that is to be normalised.
     pub squares: *const f32,
     /// How many there are: none where nothing is normalised.
     pub n_squares: u32,
@@ -55,11 +55,13 @@ impl Input {
     #[inline(always)]
     pub unsafe fn squares(&self, n_threads: u32) -> f32 {
         let mut sum = 0.0;
-        let (mut i, stride) = (thread_idx_x(), n_threads);
-        while i < self.n_squares {
-            // SAFETY: the caller's promise.
-            sum += f32::from_bits(unsafe { ld_global_u32(self.squares.add(i as usize).cast()) });
-            i += stride;
+        let mut first = 4 * thread_idx_x();
+        while first < self.n_squares {
+            // SAFETY: the caller's promise; the sums are filled up to a multiple of four.
+            let [a, b, c, d] = unsafe { ld_global_u32x4(self.squares.add(first as usize).cast()) }.map(f32::from_bits);
+            let keep = |i: u32, square: f32| if first + i < self.n_squares { square } else { 0.0 };
+            sum += (a + keep(1, b)) + (keep(2, c) + keep(3, d));
+            first += 4 * n_threads;
         }
         sum
     }

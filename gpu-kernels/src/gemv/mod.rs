@@ -323,6 +323,9 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         while multiplies && tile < slab_end {
             let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
             let x = X::unit(&input, next);
+            if tile + schedule.tile_warps < slab_end {
+                next = fetch(tile + schedule.tile_warps);
+            }
             if tile == first_tile {
                 // What was asked for beside the vector is there, and needs no registers from now on.
                 if E::NORMALISES {
@@ -372,9 +375,6 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
                 quad += quad_warps;
             }
             tile += schedule.tile_warps;
-            if tile < slab_end {
-                next = fetch(tile);
-            }
         }
         slab = slab_end;
         if !D::IN_SLABS || slab == n_tiles {
@@ -534,8 +534,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 768, 1, Q8_1, One<crate::formats::$Type>);
-            define_qkv!($module, 768, 1, Q8_1, One<crate::formats::$Type>);
+            define_kernels!($module, 640, 1, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 640, 1, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -544,7 +544,7 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, 768, 1, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 640, 1, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
 /// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.

@@ -309,11 +309,11 @@ fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) 
     // On the CPU the threads of a block take turns: more of them only cost.
     let is_cuda = device.is_cuda();
     let multiprocessors = device.multiprocessors() as usize;
-    let most_warps = if is_cuda { env("WL_WARPS", 7) } else { 1 };
+    let most_warps = if is_cuda { env("WL_WARPS", 4) } else { 1 };
     let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(most_warps));
     let quad_warps = if is_cuda { (env("WL_LEAST", 4) / tile_warps).max(1) } else { 1 };
     let n_copiers = usize::from(is_cuda);
-    let slot = if is_cuda { env("WL_SLOT", 48 << 10) } else { room };
+    let slot = if is_cuda { env("WL_SLOT", 50000) } else { room };
     let fits = |quads: usize| {
         let schedule = of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes);
         4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize <= room
