@@ -133,7 +133,28 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     if !is_active {
         return;
     }
+    let (keys, values) = (a.k_cache, a.v_cache);
+    let load = |from: KvRef, position: u32, end: u32| -> C::Raw {
+        if position < end && has_dims {
+            let at = head_offset + first_dim as usize + position as usize * a.head_dim as usize;
+            // SAFETY: the position is written.
+            unsafe { C::fetch(from, at) }
+        } else {
+            C::ZEROS
+        }
+    };
+    let stride = WARPS as u32 * per_warp;
+    let mut position = start + group;
+    let fetch = |near: u32, end: u32| {
+        let far = near + stride;
+        [load(keys, near, end), load(keys, far, end), load(values, near, end), load(values, far, end)]
+    };
+    // The first of them go into registers.
+    let mut next = fetch(position, end.min(length - 1));
     wait_for_previous();
+    if position + 1 == length || position + stride + 1 == length {
+        next = fetch(position, end);
+    }
 
     // Weights are powers of 2: the scores' factor turns e^x into 2^x.
     let factor = a.scale * LOG2_E;
@@ -152,27 +173,14 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
         }
     };
     let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
-    let (keys, values) = (a.k_cache, a.v_cache);
-    let load = |from: KvRef, position: u32| -> C::Raw {
-        if position < end && has_dims {
-            let at = head_offset + first_dim as usize + position as usize * a.head_dim as usize;
-            // SAFETY: the position is written.
-            unsafe { C::fetch(from, at) }
-        } else {
-            C::ZEROS
-        }
-    };
-
     let mut largest = [LOWEST; HEADS];
     let mut sum = [0.0f32; HEADS];
     let mut value = [[0.0f32; DIMS]; HEADS];
-    let stride = WARPS as u32 * per_warp;
-    let mut position = start + group;
     // The same for all lanes of a warp: those of later groups may have no position.
     while position - lane / a.lanes < end {
         let (near, far) = (position, position + stride);
-        let (k0, k1) = (load(keys, near), load(keys, far));
-        let (v0, v1) = (load(values, near), load(values, far));
+        let [k0, k1, v0, v1] = next;
+        next = fetch(position + 2 * stride, end);
         let (k0, k1) = (C::widen(k0), C::widen(k1));
         let mut scores = [[0.0f32; 2]; HEADS];
         for head in 0..HEADS {

@@ -398,10 +398,20 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let mut made = 0.0;
     if lane < band.n_quads {
         let mut sums = [0.0f32; TILE_ROWS];
-        for tile in 0..n_tiles {
-            let at = sums_at + (lane * n_tiles + tile) * TILE_ROWS as u32;
-            let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
-            sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
+        let mut tile = 0;
+        while tile < n_tiles {
+            // Four on their way at once.
+            let of_tile = |tile: u32| {
+                let at = sums_at + (lane * n_tiles + tile.min(n_tiles - 1)) * TILE_ROWS as u32;
+                let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
+                if tile < n_tiles { [s0, s1, s2, s3] } else { [0.0; TILE_ROWS] }
+            };
+            let add = |[a0, a1, a2, a3]: [f32; TILE_ROWS], [b0, b1, b2, b3]: [f32; TILE_ROWS]| {
+                [a0 + b0, a1 + b1, a2 + b2, a3 + b3]
+            };
+            let (a, b, c, d) = (of_tile(tile), of_tile(tile + 1), of_tile(tile + 2), of_tile(tile + 3));
+            sums = add(sums, add(add(a, b), add(c, d)));
+            tile += 4;
         }
         if E::NORMALISES && input.is_normalised() {
             let mut square_sum = 0.0;

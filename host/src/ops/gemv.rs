@@ -309,20 +309,23 @@ fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) 
     // On the CPU the threads of a block take turns: more of them only cost.
     let is_cuda = device.is_cuda();
     let multiprocessors = device.multiprocessors() as usize;
-    let most_warps = if is_cuda { env("WL_WARPS", 4) } else { 1 };
-    let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(most_warps));
-    let quad_warps = if is_cuda { (env("WL_LEAST", 4) / tile_warps).max(1) } else { 1 };
     let n_copiers = usize::from(is_cuda);
-    let slot = if is_cuda { env("WL_SLOT", 50000) } else { room };
+    let per_multiprocessor = (n_quads * quad_bytes).div_ceil(multiprocessors);
+    let (mut rounds, mut slots) = (1, 4);
+    if is_cuda {
+        slots = per_multiprocessor.div_ceil(env("WL_SLOT", 60_000));
+        if n_quads > env("WL_FEW", 4) * multiprocessors { slots = slots.max(env("WL_SMALL", 2)) }
+        if slots > env("WL_ROUND", 4) { (rounds, slots) = (2, 4) }
+    }
+    let most_warps = if is_cuda { ((env("WL_TOTAL", 20) / slots - 1).min(env("WL_MOST", 9))).max(4) } else { 1 };
+    let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(most_warps));
+    let quad_warps = if is_cuda { (most_warps.min(8) / tile_warps).max(1) } else { 1 };
     let fits = |quads: usize| {
         let schedule = of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes);
         4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize <= room
     };
-    // Blocks for each multiprocessor, of as much as a slot holds: in one round where there is little.
-    let per_multiprocessor = (n_quads * quad_bytes).div_ceil(multiprocessors).div_ceil(slot);
-    let per_multiprocessor = if is_cuda { per_multiprocessor.max(env("WL_MIN", 1)) } else { 4 };
-    let fair = n_quads.div_ceil(multiprocessors * per_multiprocessor);
-    let quads = if per_multiprocessor > env("WL_ROUND", 4) { (slot / quad_bytes).max(1) } else { fair };
+    let fair = n_quads.div_ceil(multiprocessors * slots);
+    let quads = if rounds > 1 { (env("WL_BAND", 50_000) / quad_bytes).max(1) } else { fair };
     let quads = quads.min(MAX_QUADS as usize);
     let quads = (1..=quads).rev().find(|&quads| fits(quads));
     let mut schedule = match quads {
