@@ -197,7 +197,10 @@ impl Activations for F32Vector {
         while part < UNIT_OCTETS {
             // SAFETY: the caller's promise.
             let (x, gamma) = unsafe {
-                (octet_of(input.values, input.n as usize, first + part), octet_of(input.gamma, input.n as usize, first + part))
+                (
+                    octet_of(input.values, input.n as usize, first + part),
+                    octet_of(input.gamma, input.n as usize, first + part),
+                )
             };
             let mut i = 0;
             while i < OCTET {

@@ -31,7 +31,7 @@ pub const HEAD_DIM_STEP: usize = 16;
 /// Most blocks that share a context.
 pub const MAX_SPLITS: usize = 64;
 /// Most query heads that a block takes.
-pub const MAX_HEADS: usize = 2;
+pub const MAX_HEADS: usize = 4;
 /// Positions that are worth a block of their own: fewer blocks than there could be share a shorter context.
 pub const SPLIT_POSITIONS: u32 = 128;
 // So no split is empty: a length beyond `(n - 1) * SPLIT_POSITIONS` has more than `n - 1` positions for each of `n`.

@@ -68,7 +68,8 @@ pub unsafe fn embed(
     let mut values = [0.0; UNIT];
     if index < geometry.n_units {
         let (row, tile) = (step.token as usize, index / TILE_UNITS);
-        let place = Place { n_units: geometry.units_of(tile), row: row % TILE_ROWS, unit: index % TILE_UNITS };
+        let place =
+            Place { n_units: geometry.units_of(tile), row: row % TILE_ROWS, unit: index % TILE_UNITS };
         // SAFETY: the row is one of the matrix's.
         let source = unsafe { DeviceTile::at(weights.tiles.add(geometry.offset(row / TILE_ROWS, tile))) };
         macro_rules! dequantize {

@@ -18,8 +18,8 @@
 use crate::formats::tile::{DeviceTile, Fetched, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
-use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
 use crate::gemv::band::Quad;
+use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
 use crate::operand::Operand;
 use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, PanelPiece, Panels, ROW_BYTES, rest};
 use core::ops::Range;
@@ -418,7 +418,10 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
         } else if output.kind == OutputKind::Add as u32 {
             finish(memory, at, first, matrix, tokens, |token| Add { y: y(token), operand: Operand::NOTHING });
         } else if output.kind == OutputKind::Swiglu as u32 {
-            finish(memory, at, first, matrix, tokens, |token| Swiglu { y: y(token), operand: Operand::NOTHING });
+            finish(memory, at, first, matrix, tokens, |token| Swiglu {
+                y: y(token),
+                operand: Operand::NOTHING,
+            });
         } else {
             finish(memory, at, first, matrix, tokens, |token| output.qkv.at_token(token, output.stride));
         }

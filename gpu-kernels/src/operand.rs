@@ -137,14 +137,5 @@ pub unsafe fn octet_of(values: *const f32, n: usize, octet: usize) -> [f32; OCTE
     let four = |word: usize| unsafe { ld_global_u32x4(values.add(word.min(last) * 4).cast()) };
     let ([a, b, c, d], [e, f, g, h]) = (four(2 * octet), four(2 * octet + 1));
     let keep = |i: usize, bits: u32| if first + i < n { f32::from_bits(bits) } else { 0.0 };
-    [
-        f32::from_bits(a),
-        keep(1, b),
-        keep(2, c),
-        keep(3, d),
-        keep(4, e),
-        keep(5, f),
-        keep(6, g),
-        keep(7, h),
-    ]
+    [f32::from_bits(a), keep(1, b), keep(2, c), keep(3, d), keep(4, e), keep(5, f), keep(6, g), keep(7, h)]
 }

@@ -129,7 +129,8 @@ fn bias_and_residual_are_added() {
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size + 1.0, &case.what);
 
         let mut y = Guarded::holding(device, &residual);
-        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, Output::Add(&mut y.buffer, None)).unwrap();
+        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, Output::Add(&mut y.buffer, None))
+            .unwrap();
         let expected: Vec<f64> = plain.iter().zip(&residual).map(|(y, &r)| y + f64::from(r)).collect();
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size + 1.0, &case.what);
     });

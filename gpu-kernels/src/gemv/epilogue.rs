@@ -9,8 +9,8 @@ use crate::rope::rotate;
 use crate::step::Step;
 use core::ptr;
 use cuda_std::float::f32_to_f16;
-use cuda_std::shared::DynamicShared;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
+use cuda_std::shared::DynamicShared;
 use half::f16;
 
 /// What finishing a quad needs besides the sums; it waits in shared memory, where it takes no registers.

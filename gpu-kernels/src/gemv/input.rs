@@ -58,7 +58,8 @@ impl Input {
         let mut first = 4 * thread_idx_x();
         while first < self.n_squares {
             // SAFETY: the caller's promise; the sums are filled up to a multiple of four.
-            let [a, b, c, d] = unsafe { ld_global_u32x4(self.squares.add(first as usize).cast()) }.map(f32::from_bits);
+            let [a, b, c, d] =
+                unsafe { ld_global_u32x4(self.squares.add(first as usize).cast()) }.map(f32::from_bits);
             let keep = |i: u32, square: f32| if first + i < self.n_squares { square } else { 0.0 };
             sum += (a + keep(1, b)) + (keep(2, c) + keep(3, d));
             first += 4 * n_threads;

@@ -17,7 +17,9 @@ use crate::activations::{Activations, F32Vector, Q8_1};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, WeightFormat};
 use crate::rows::RowOrder;
+use band::Band;
 use core::marker::PhantomData;
+use core::ops::Range;
 use cuda_std::float::{mul_add, rsqrt};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 #[cfg(not(target_arch = "nvptx64"))]
@@ -27,12 +29,15 @@ use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
-use band::Band;
 use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
 
-/// Most warps in a block.
-pub const MAX_WARPS: u32 = 32;
+/// Words of shared memory for sums of squares, one for each warp.
+const SQUARES_WORDS: u32 = WARPS.next_multiple_of(4);
+/// Warps that a multiprocessor has registers for, of kernels for one format; no block has more.
+pub const WARPS: u32 = 20;
+/// Most warps in a block of the kernels for any format.
+pub const ANY_WARPS: u32 = 8;
 /// Most quads in a band: a lane of the first warp finishes each.
 pub const MAX_QUADS: u32 = WARP_SIZE;
 
@@ -88,8 +93,6 @@ pub struct Schedule {
     pub warps: u32,
     /// Pieces of weights ([`PacedCopy`]) that a block has on their way at a time.
     pub window: u32,
-    /// scratch
-    pub trace: *mut u64,
 }
 
 impl Schedule {
@@ -101,7 +104,7 @@ impl Schedule {
 
     /// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared.
     pub fn shared_words(self, n_tiles: u32, prepared_words: u32) -> u32 {
-        let fixed = self.weight_words + PacedCopy::barrier_words(4 * self.weight_words) + MAX_WARPS;
+        let fixed = self.weight_words + PacedCopy::barrier_words(4 * self.weight_words) + SQUARES_WORDS;
         fixed + self.sums_words(n_tiles) + self.quads * prepared_words
     }
 }
@@ -120,7 +123,7 @@ pub trait Dots {
     /// Whether a quad may be too long for shared memory, and is then taken in slabs.
     const IN_SLABS: bool;
     /// Whether two quads are multiplied at a time.
-    const PAIRS: bool;
+    const IN_PAIRS: bool;
 
     /// `sums` plus the products of the tile's four rows with the vector's unit of this lane.
     fn dots<X: Activations>(
@@ -138,7 +141,7 @@ pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
     const IN_SLABS: bool = false;
-    const PAIRS: bool = true;
+    const IN_PAIRS: bool = true;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -164,7 +167,7 @@ pub struct Either<F, G>(PhantomData<(F, G)>);
 
 impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     const IN_SLABS: bool = false;
-    const PAIRS: bool = true;
+    const IN_PAIRS: bool = true;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -188,7 +191,7 @@ pub struct Any;
 
 impl Dots for Any {
     const IN_SLABS: bool = true;
-    const PAIRS: bool = false;
+    const IN_PAIRS: bool = false;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -224,19 +227,6 @@ impl Dots for Any {
     }
 }
 
-#[inline(always)]
-fn stamp(schedule: Schedule, i: u32) {
-    if thread_idx_x() == 0 && !schedule.trace.is_null() {
-        #[cfg(target_arch = "nvptx64")]
-        unsafe {
-            let t: u64;
-            core::arch::asm!("mov.u64 {t}, %globaltimer;", t = out(reg64) t, options(nostack));
-            *schedule.trace.add((block_idx_x() * 8 + i) as usize) = t;
-        }
-        let _ = i;
-    }
-}
-
 /// Leaves the sum of this warp's squares at its word from `at` on, zeros for warps that are not there up to a multiple of four.
 #[inline(always)]
 fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32, n_warps: u32) {
@@ -250,100 +240,90 @@ fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32, n_warps: 
     }
 }
 
-/// Multiplies one of `matrices`, which lie one below the other, with the vector, and finishes its quads: those of this block.
-///
-/// # Safety
-/// The matrices are as their fields say, all of `input.n` columns; the input and the epilogue keep their contracts;
-/// the launch has the shared memory that [`Schedule::shared_words`] gives, and `schedule` is of the launch's grid.
-#[inline(always)]
-unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
-    matrices: [MatrixRef; N],
+/// What a warp multiplies.
+#[derive(Clone, Copy)]
+struct Work {
+    memory: DynamicShared<u32>,
+    copy: PacedCopy,
+    /// Which of the copies brings the tiles.
+    round: u32,
     input: Input,
     schedule: Schedule,
-    epilogue: E,
-) {
-    let (thread, lane, n_warps) = (thread_idx_x(), lane_id(), block_dim_x() / WARP_SIZE);
-    let (warp, quad_warps) = (thread / WARP_SIZE, schedule.warps / schedule.tile_warps);
-    let (is_copier, multiplies) = (warp == n_warps - 1, warp < schedule.warps);
-    let (first_quad, first_tile) = (warp / schedule.tile_warps, warp % schedule.tile_warps);
-    let (matrix, band) = Band::of_block(matrices, schedule);
-    stamp(schedule, 0);
-    let n_units = input.n_units();
-    let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
+    matrix: MatrixRef,
+    band: Band,
+    /// The word at which the band's sums start.
+    sums_at: u32,
+}
 
-    let slab_tiles = if D::IN_SLABS { schedule.slab_tiles } else { n_tiles };
-    let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
-    let barrier = schedule.weight_words;
-    let squares_at = barrier + PacedCopy::barrier_words(4 * schedule.weight_words);
-    let sums_at = squares_at + MAX_WARPS;
-    let prepared_at = sums_at + schedule.sums_words(n_tiles);
-    let copy = PacedCopy::new(memory, barrier, 4 * schedule.weight_words);
-    let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
-    // The band's bytes, or a slab's of its only quad.
-    let copy_slab = |round: u32, slab: u32| {
-        if is_copier {
-            let start = slab * matrix.tile_bytes;
-            let end = (start + slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
-            let bytes =
-                if D::IN_SLABS && slab_tiles < n_tiles { end - start } else { band.n_quads * matrix.quad_bytes };
-            // SAFETY: the bytes are the matrix's, and fit the room for weights.
-            unsafe { copy.run(round, 0, from.wrapping_add(start as usize), bytes, schedule.window) };
-        }
-    };
-    stamp(schedule, 1);
-    let_next_start();
-    copy_slab(0, 0);
-    if multiplies {
-        wait_for_previous();
-    }
-    stamp(schedule, 2);
-
-    // The vector, and what finishing needs besides the sums, on their way at once.
-    let fetch = |tile: u32| {
+impl Work {
+    /// Leaves the sums of this warp's share of tiles `tiles` of the band's quads. With an epilogue it leaves at the two words
+    /// what that needs besides: the warp's part of the sum of the vector's squares, and what is prepared for each quad.
+    ///
+    /// # Safety
+    /// As [`run`].
+    #[inline(always)]
+    unsafe fn multiply<X: Activations, D: Dots, E: Epilogue>(
+        self,
+        tiles: Range<u32>,
+        epilogue: Option<(E, [u32; 2])>,
+    ) {
+        let Self { memory, copy, round, input, schedule, matrix, band, sums_at } = self;
+        let (thread, lane) = (thread_idx_x(), lane_id());
+        let (warp, quad_warps) = (thread / WARP_SIZE, schedule.warps / schedule.tile_warps);
+        let (first_quad, first_tile) = (warp / schedule.tile_warps, tiles.start + warp % schedule.tile_warps);
+        let n_units = input.n_units();
+        let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
+        let units_of = |tile: u32| (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
         // Lanes without a unit take another one's: it meets no weights.
-        let last = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32) - 1;
         // SAFETY: the unit is inside the vector; the input keeps its contract.
-        unsafe { X::fetch(&input, tile, lane.min(last)) }
-    };
-    let mut next = fetch(first_tile.min(n_tiles - 1));
-    let mut prepared = E::Prepared::default();
-    if thread < band.n_quads {
-        // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
-        prepared = unsafe { epilogue.prepare(band.quad(thread), matrix) };
-    }
-    // SAFETY: the input keeps its contract.
-    let square_sum = if E::NORMALISES { unsafe { input.squares(schedule.warps * WARP_SIZE) } } else { 0.0 };
+        let fetch = |tile: u32| unsafe { X::fetch(&input, tile, lane.min(units_of(tile) - 1)) };
 
-    let prepared_place = |quad: u32| (prepared_at + quad * E::Prepared::WORDS) as usize;
-
-    let (mut slab, mut round) = (0, 0);
-    loop {
-        let slab_end = (slab + slab_tiles).min(n_tiles);
-        let mut tile = slab + first_tile;
-        while multiplies && tile < slab_end {
-            let tile_units = (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-            let x = X::unit(&input, next);
-            if tile + schedule.tile_warps < slab_end {
-                next = fetch(tile + schedule.tile_warps);
+        // The vector, and what finishing needs besides the sums, on their way at once.
+        let mut fetched = fetch(first_tile.min(n_tiles - 1));
+        let (mut square_sum, mut prepared) = (0.0, E::Prepared::default());
+        if let Some((epilogue, _)) = epilogue {
+            if E::NORMALISES {
+                // SAFETY: the input keeps its contract.
+                square_sum = unsafe { input.squares(schedule.warps * WARP_SIZE) };
             }
-            if tile == first_tile {
-                // What was asked for beside the vector is there, and needs no registers from now on.
+            if thread < band.n_quads {
+                // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
+                prepared = unsafe { epilogue.prepare(band.quad(thread), matrix) };
+            }
+        }
+        let mut tile = first_tile;
+        while tile < tiles.end {
+            let x = X::unit(&input, fetched);
+            if tile + schedule.tile_warps < tiles.end {
+                fetched = fetch(tile + schedule.tile_warps);
+            }
+            if let Some((_, [squares_at, prepared_at])) = epilogue
+                && tile == first_tile
+            {
+                // It is there as the vector is, and needs no registers from now on.
                 if E::NORMALISES {
                     store_squares(memory, squares_at, square_sum, schedule.warps);
                 }
                 if thread < band.n_quads {
-                    prepared.store(memory, prepared_place(thread));
+                    prepared.store(memory, (prepared_at + thread * E::Prepared::WORDS) as usize);
                 }
-                stamp(schedule, 3);
             }
+            let n_tile_units = units_of(tile);
             let source = |quad: u32| {
-                let start = quad * matrix.quad_bytes + (tile - slab) * matrix.tile_bytes;
+                let start = quad * matrix.quad_bytes + (tile - tiles.start) * matrix.tile_bytes;
                 let bytes = if tile + 1 == n_tiles { matrix.last_tile_bytes } else { matrix.tile_bytes };
                 copy.wait(round, start, start + bytes);
                 SharedTile { memory, start: start as usize / 4 }
             };
             let dots = |source: SharedTile| {
-                D::dots::<X>(matrix.format, source, tile_units as usize, lane as usize, &x, [0.0; TILE_ROWS])
+                D::dots::<X>(
+                    matrix.format,
+                    source,
+                    n_tile_units as usize,
+                    lane as usize,
+                    &x,
+                    [0.0; TILE_ROWS],
+                )
             };
             let store = |quad: u32, sum: f32| {
                 if lane.is_multiple_of(8) {
@@ -351,10 +331,10 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
                     memory.set(at as usize, sum.to_bits());
                 }
             };
-            let has_unit = lane < tile_units;
+            let has_unit = lane < n_tile_units;
             let mut quad = first_quad;
             // Two at a time: one's instructions need not wait for what the other's give.
-            while D::PAIRS && quad + quad_warps < band.n_quads {
+            while D::IN_PAIRS && quad + quad_warps < band.n_quads {
                 let (near, far) = (source(quad), source(quad + quad_warps));
                 let (mut near_sums, mut far_sums) = ([0.0f32; TILE_ROWS], [0.0f32; TILE_ROWS]);
                 if has_unit {
@@ -376,21 +356,73 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
             }
             tile += schedule.tile_warps;
         }
+    }
+}
+
+/// Multiplies one of `matrices`, which lie one below the other, with the vector, and finishes its quads: those of this block.
+///
+/// # Safety
+/// The matrices are as their fields say, all of `input.n` columns; the input and the epilogue keep their contracts;
+/// the launch has the shared memory that [`Schedule::shared_words`] gives, and `schedule` is of the launch's grid.
+#[inline(always)]
+unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
+    matrices: [MatrixRef; N],
+    input: Input,
+    schedule: Schedule,
+    epilogue: E,
+) {
+    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
+    let n_warps = block_dim_x() / WARP_SIZE;
+    let (is_copier, multiplies) = (warp == n_warps - 1, warp < schedule.warps);
+    let (matrix, band) = Band::of_block(matrices, schedule);
+    let n_units = input.n_units();
+    let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
+
+    let slab_tiles = if D::IN_SLABS { schedule.slab_tiles } else { n_tiles };
+    let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
+    let barrier = schedule.weight_words;
+    let squares_at = barrier + PacedCopy::barrier_words(4 * schedule.weight_words);
+    let sums_at = squares_at + SQUARES_WORDS;
+    let prepared_at = sums_at + schedule.sums_words(n_tiles);
+    let copy = PacedCopy::new(memory, barrier, 4 * schedule.weight_words);
+    let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
+    // The band's bytes, or a slab's of its only quad.
+    let copy_slab = |round: u32, slab: u32| {
+        if is_copier {
+            let start = slab * matrix.tile_bytes;
+            let end = (start + slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
+            let bytes = if D::IN_SLABS && slab_tiles < n_tiles {
+                end - start
+            } else {
+                band.n_quads * matrix.quad_bytes
+            };
+            // SAFETY: the bytes are the matrix's, and fit the room for weights.
+            unsafe { copy.run(round, 0, from.wrapping_add(start as usize), bytes, schedule.window) };
+        }
+    };
+    let_next_start();
+    let (mut slab, mut round) = (0, 0);
+    loop {
+        copy_slab(round, slab);
+        let slab_end = (slab + slab_tiles).min(n_tiles);
+        if multiplies {
+            let work = Work { memory, copy, round, input, schedule, matrix, band, sums_at };
+            if slab == 0 {
+                wait_for_previous();
+            }
+            let finishing = (slab == 0).then_some((epilogue, [squares_at, prepared_at]));
+            // SAFETY: the caller's promise.
+            unsafe { work.multiply::<X, D, E>(slab..slab_end, finishing) };
+        }
+        // All have read the slab, and left its sums.
+        sync_threads();
         slab = slab_end;
         if !D::IN_SLABS || slab == n_tiles {
             break;
         }
-        sync_threads();
         round += 1;
-        copy_slab(round, slab);
-        if slab + first_tile < n_tiles {
-            next = fetch(slab + first_tile);
-        }
     }
-    stamp(schedule, 5);
-    sync_threads();
 
-    stamp(schedule, 6);
     // The first warp's lanes finish a quad each.
     if warp > 0 {
         return;
@@ -424,7 +456,8 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         }
         // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
         made = unsafe {
-            epilogue.finish(band.quad(lane), matrix, sums, E::Prepared::load(memory, prepared_place(lane)))
+            let prepared = E::Prepared::load(memory, (prepared_at + lane * E::Prepared::WORDS) as usize);
+            epilogue.finish(band.quad(lane), matrix, sums, prepared)
         };
     }
     let squares = epilogue.squares();
@@ -435,7 +468,6 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
             unsafe { *squares.add(block_idx_x() as usize) = sum };
         }
     }
-    stamp(schedule, 7);
 }
 
 /// The kernels of a module for activations `$X` and products `$D`.
@@ -456,7 +488,7 @@ macro_rules! define_kernels {
         ///
         /// # Thread mapping
         /// A block takes a band of quads, each of its warps some tiles of some of them, a lane one unit of four rows; one
-        /// thread finishes a quad. Blocks of whole warps, at most [`MAX_WARPS`].
+        /// thread finishes a quad. Blocks of whole warps, as many as the launch bound says.
         #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
@@ -557,14 +589,14 @@ pub mod q4_k_m {
     define_qkv!(q4_k_m, 640, 1, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
-/// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.
+/// Q8_1 activations, weights of any format, and quads of any length: much in one kernel.
 pub mod mixed {
     use super::*;
     define_kernels!(mixed, 256, 1, Q8_1, Any);
     define_qkv!(mixed, 256, 1, Q8_1, Any);
 }
 
-/// f32 activations, weights of any format.
+/// f32 activations, weights of any format, and quads of any length.
 pub mod exact {
     use super::*;
     define_kernels!(exact, 256, 1, F32Vector, Any);
@@ -612,15 +644,15 @@ pub struct Kernels {
     pub gemv_swiglu: &'static Kernel<(MatrixRef, Input, Schedule, Swiglu)>,
 }
 
-/// The kernels for Q8_1 activations and weights of a format.
+/// The kernels for Q8_1 activations and weights of a format that has its own: else there are those of [`mixed`].
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn kernels(format: Format) -> Kernels {
+pub fn own_kernels(format: Format) -> Option<Kernels> {
     match format {
-        Format::Q8_0 => q8_0::KERNELS,
-        Format::Q4_1 => q4_1::KERNELS,
-        Format::Q4_K => q4_k::KERNELS,
-        Format::Q6_K => q6_k::KERNELS,
-        Format::F16 | Format::F32 => mixed::KERNELS,
+        Format::Q8_0 => Some(q8_0::KERNELS),
+        Format::Q4_1 => Some(q4_1::KERNELS),
+        Format::Q4_K => Some(q4_k::KERNELS),
+        Format::Q6_K => Some(q6_k::KERNELS),
+        Format::F16 | Format::F32 => None,
     }
 }
 
@@ -628,15 +660,17 @@ pub fn kernels(format: Format) -> Kernels {
 #[cfg(not(target_arch = "nvptx64"))]
 pub type QkvKernel = Kernel<(MatrixRef, MatrixRef, MatrixRef, Input, Schedule, Qkv)>;
 
-/// The kernel for Q8_1 activations and weights of these formats.
+/// The kernel for Q8_1 activations and weights of these formats, where there is one of their own.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn qkv_kernel(formats: [Format; 3]) -> &'static QkvKernel {
+pub fn own_qkv_kernel(formats: [Format; 3]) -> Option<&'static QkvKernel> {
     match formats {
-        [Format::Q8_0, Format::Q8_0, Format::Q8_0] => &q8_0::GEMV_QKV,
-        [Format::Q4_1, Format::Q4_1, Format::Q4_1] => &q4_1::GEMV_QKV,
-        [Format::Q4_K, Format::Q4_K, Format::Q4_K] => &q4_k::GEMV_QKV,
-        [Format::Q6_K, Format::Q6_K, Format::Q6_K] => &q6_k::GEMV_QKV,
-        _ if formats.iter().all(|format| matches!(format, Format::Q4_K | Format::Q6_K)) => &q4_k_m::GEMV_QKV,
-        _ => &mixed::GEMV_QKV,
+        [Format::Q8_0, Format::Q8_0, Format::Q8_0] => Some(&q8_0::GEMV_QKV),
+        [Format::Q4_1, Format::Q4_1, Format::Q4_1] => Some(&q4_1::GEMV_QKV),
+        [Format::Q4_K, Format::Q4_K, Format::Q4_K] => Some(&q4_k::GEMV_QKV),
+        [Format::Q6_K, Format::Q6_K, Format::Q6_K] => Some(&q6_k::GEMV_QKV),
+        _ if formats.iter().all(|format| matches!(format, Format::Q4_K | Format::Q6_K)) => {
+            Some(&q4_k_m::GEMV_QKV)
+        }
+        _ => None,
     }
 }

@@ -71,7 +71,6 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         depth: args.depth,
         results: measure_all(args, &model, &tokens)?,
     };
-    host::ops::gemv::dump_trace(model.device());
     if args.json { print_json(&report) } else { Ok(print_table(&report)?) }
 }
 

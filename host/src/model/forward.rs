@@ -12,8 +12,8 @@ use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{
-    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvCache, KvStage, ManyOutput, Matrix, Next,
-    Norm, Operand, Output, Panels, Q8_1Vector, QkvWeights,
+    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvCache, KvStage, ManyOutput, Matrix, Next, Norm,
+    Operand, Output, Panels, Q8_1Vector, QkvWeights,
 };
 use anyhow::{Context as _, Result, bail};
 use gpu_kernels::kv_cache::KvFormat;
@@ -189,7 +189,8 @@ pub(super) fn forward(
 ) -> Result<(), Halt> {
     let (token_embd, rope) = (&weights.token_embd, &settings.rope);
     // What follows each layer, and before them the embedding, is normalised with these.
-    let norm_of = |layer: usize| weights.layers.get(layer).map_or(&weights.output_norm, |layer| &layer.attn_norm);
+    let norm_of =
+        |layer: usize| weights.layers.get(layer).map_or(&weights.output_norm, |layer| &layer.attn_norm);
     let next = match (tokens, settings.fusion) {
         (Tokens::One, Fusion::Fused) => Some(Next { operand: &mut b.x_operand, gamma: Some(norm_of(0)) }),
         _ => None,

@@ -15,7 +15,7 @@ pub use weights::{GateUp, Layer, Linear, Weights};
 use crate::config::{Config, Preset};
 use crate::device::Device;
 use crate::gguf::Gguf;
-use crate::ops::{self, Input, Next, Operand, AttentionShape, Rope};
+use crate::ops::{self, AttentionShape, Input, Next, Operand, Rope};
 use anyhow::{Context as _, Result, ensure};
 pub use gpu_kernels::kv_cache::KvFormat;
 use gpu_kernels::kv_cache::Q8_0_BLOCK;

@@ -9,7 +9,7 @@ use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::TILE_UNITS;
 use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
-use gpu_kernels::gemv::{self as kernels, Kernels, MAX_QUADS, MatrixRef, Schedule, Shares};
+use gpu_kernels::gemv::{self as kernels, ANY_WARPS, Kernels, MAX_QUADS, MatrixRef, Schedule, Shares, WARPS};
 use gpu_kernels::operand::Operand;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
@@ -35,13 +35,14 @@ pub enum Output<'a> {
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
     let is_plain = norm.is_none();
     let input = input("gemv", weights, x, norm)?;
-    let (schedule, config) = match output { Output::Add(..) => schedule::<Add>(device, &[weights], x.is_exact())?, _ => schedule::<Store>(device, &[weights], x.is_exact())? };
-    let kernels = kernels(weights, x);
     let matrix = weights.as_ref()?;
+    let own = own_kernels(device, weights, x);
+    let (kernels, family) = own.map_or((any_kernels(x), Family::Any), |kernels| (kernels, Family::Own));
     let is_natural = weights.order() == RowOrder::NATURAL;
     let ordered_output = match output {
         Output::Set(y) if is_natural => {
             aligned("gemv", "y", y, weights.n_rows())?;
+            let (schedule, config) = schedule::<Store>(device, &[weights], family)?;
             let output = Store { y: y.as_mut_ptr() };
             // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
             return unsafe { device.launch(kernels.gemv, config, (matrix, input, schedule, output)) };
@@ -50,6 +51,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
             aligned("gemv", "y", y, weights.n_rows())?;
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
             ensure!(is_plain, "gemv: an input that is to be normalised has a product that is not added");
+            let (schedule, config) = schedule::<Add>(device, &[weights], family)?;
             let operand = operand("gemv", next, weights.n_rows(), config)?;
             let output = Add { y: y.as_mut_ptr(), operand };
             // SAFETY: as above.
@@ -69,6 +71,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
         is_plain,
         "gemv: only rows in natural order, without a bias, have an input that is to be normalised"
     );
+    let (schedule, config) = schedule::<StoreOrdered>(device, &[weights], Family::Any)?;
     // SAFETY: as above.
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
 }
@@ -81,9 +84,29 @@ fn operand(operation: &str, next: Option<Next>, n: usize, config: LaunchConfig) 
     }
 }
 
-/// The kernels for an input and a matrix.
-fn kernels(matrix: &Matrix, x: Input) -> Kernels {
-    if x.is_exact() { kernels::exact::KERNELS } else { kernels::kernels(matrix.format()) }
+/// Kernels for one format, whose quads have to fit shared memory, or for any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Own,
+    Any,
+}
+
+/// The kernels of the matrix's own format, where there are any that take the input and it.
+fn own_kernels(device: &Device, matrix: &Matrix, x: Input) -> Option<Kernels> {
+    if x.is_exact() || is_long(device, matrix) { None } else { kernels::own_kernels(matrix.format()) }
+}
+
+/// Those for any format.
+fn any_kernels(x: Input) -> Kernels {
+    if x.is_exact() { kernels::exact::KERNELS } else { kernels::mixed::KERNELS }
+}
+
+/// Shared memory for what a block has beside the weights of a quad, at most.
+const BESIDE_BYTES: usize = 8 << 10;
+
+/// Whether a quad does not fit shared memory.
+fn is_long(device: &Device, matrix: &Matrix) -> bool {
+    matrix.quad_bytes() + BESIDE_BYTES > device.shared_bytes() as usize
 }
 
 /// The kernel for rows in any order.
@@ -111,12 +134,13 @@ pub fn gemv_swiglu(
     );
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
-    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], x.is_exact())?;
-    let kernel = kernels(gate_up, x).gemv_swiglu;
+    let own = own_kernels(device, gate_up, x);
+    let (kernels, family) = own.map_or((any_kernels(x), Family::Any), |kernels| (kernels, Family::Own));
+    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], family)?;
     let operand = operand("gemv_swiglu", next, gate_up.n_rows() / 2, config)?;
     let output = Swiglu { y: y.as_mut_ptr(), operand };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
-    unsafe { device.launch(kernel, config, (gate_up.as_ref()?, input, schedule, output)) }
+    unsafe { device.launch(kernels.gemv_swiglu, config, (gate_up.as_ref()?, input, schedule, output)) }
 }
 
 /// The weights of queries, keys and values, each with its bias where there is one.
@@ -164,11 +188,11 @@ pub fn gemv_qkv(
     at_least("gemv_qkv", "rotation", rotation, rope.frequencies.len())?;
     at_least("gemv_qkv", "step", step, 1)?;
     let output = qkv_output(weights, rope, rotation, step, q, cache)?;
-    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, x.is_exact())?;
-    let kernel = match x.is_exact() {
-        true => &kernels::exact::GEMV_QKV,
-        false => kernels::qkv_kernel(weights.matrices.map(Matrix::format)),
-    };
+    let is_own = !x.is_exact() && weights.matrices.iter().all(|matrix| !is_long(device, matrix));
+    let own = kernels::own_qkv_kernel(weights.matrices.map(Matrix::format)).filter(|_| is_own);
+    let any = if x.is_exact() { &kernels::exact::GEMV_QKV } else { &kernels::mixed::GEMV_QKV };
+    let (kernel, family) = own.map_or((any, Family::Any), |kernel| (kernel, Family::Own));
+    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, family)?;
     let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
     // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.
     unsafe { device.launch(kernel, config, arguments) }
@@ -294,108 +318,108 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
     Ok(input)
 }
 
-/// Bytes of weights that a block asks for, about: several blocks on a multiprocessor have as many on their way.
+/// Most warps of a block that multiply.
+const MOST_WARPS: usize = 8;
+/// Most bytes of a band where a multiprocessor has one of several blocks of a kernel, and of the only one of a small matrix.
+const BAND_BYTES: usize = 50_000;
+const LONE_BAND_BYTES: usize = 110_000;
+/// Quads of a multiprocessor up to which a matrix is small.
+const FEW_QUADS: usize = 4;
+/// Pieces of a block's weights that are on their way: more make what the next kernel waits for stand in line behind them,
+/// with fewer memory idles (docs/performance.md, version 6).
+const WINDOW: u32 = 3;
+
+/// How many blocks of a launch a multiprocessor takes at once, how many warps in each multiply, and how many quads a block has.
+#[derive(Clone, Copy, Debug)]
+struct Blocks {
+    at_once: usize,
+    warps: usize,
+    quads: usize,
+}
+
+impl Blocks {
+    /// For a matrix of `n_quads` quads of `n_tiles` tiles.
+    fn choose(device: &Device, n_quads: usize, quad_bytes: usize, n_tiles: usize, most_warps: usize) -> Self {
+        let multiprocessors = device.multiprocessors() as usize;
+        let quads_of = |at_once: usize| n_quads.div_ceil(multiprocessors * at_once);
+        if !device.is_cuda() {
+            // On the CPU the threads of a block take turns: more of them only cost.
+            return Self { at_once: 4, warps: 1, quads: quads_of(4) };
+        }
+        // One block of many warps for a small matrix, several of few where there is more: there is a place sooner then for
+        // those of the next kernel.
+        let (few, lone) = (quads_of(1) <= FEW_QUADS, quads_of(1) * quad_bytes <= LONE_BAND_BYTES);
+        if few && lone && n_tiles <= most_warps {
+            return Self { at_once: 1, warps: most_warps, quads: quads_of(1) };
+        }
+        // In one round, as evenly as can be; or as many rounds as it takes, where the blocks that end sooner take more.
+        let in_one_round = [3, 4].map(|at_once| Self {
+            at_once,
+            warps: (WARPS as usize / at_once - 1).min(most_warps),
+            quads: quads_of(at_once),
+        });
+        let fitting = in_one_round.into_iter().filter(|blocks| blocks.quads * quad_bytes <= BAND_BYTES);
+        let quads = (BAND_BYTES / quad_bytes).max(1);
+        fitting.min_by_key(|blocks| blocks.quads * blocks.at_once).unwrap_or(Self {
+            at_once: 4,
+            warps: (WARPS as usize / 4 - 1).min(most_warps),
+            quads,
+        })
+    }
+}
 
 /// Deals out the work.
-fn schedule<E: Epilogue>(device: &Device, matrices: &[&Matrix], is_exact: bool) -> Result<(Schedule, LaunchConfig)> {
-    let _ = is_exact;
+fn schedule<E: Epilogue>(
+    device: &Device,
+    matrices: &[&Matrix],
+    family: Family,
+) -> Result<(Schedule, LaunchConfig)> {
     let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
     let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
-    let quad_bytes = matrices.iter().map(|matrix| matrix.quad_bytes()).max().unwrap_or(0);
-    let tile_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0);
+    let quad_bytes = matrices.iter().map(|matrix| matrix.quad_bytes()).max().unwrap_or(0).max(1);
+    let tile_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0).max(1);
     let room = device.shared_bytes() as usize;
-    let env = |name: &str, default: usize| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
+    // One more warp copies.
+    let n_copiers = usize::from(device.is_cuda());
+    let most_warps = match family {
+        Family::Own => MOST_WARPS,
+        Family::Any => ANY_WARPS as usize - n_copiers,
+    };
+    let Blocks { warps, quads, .. } = Blocks::choose(device, n_quads, quad_bytes, n_tiles, most_warps);
+    let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(warps));
 
-    // On the CPU the threads of a block take turns: more of them only cost.
-    let is_cuda = device.is_cuda();
-    let multiprocessors = device.multiprocessors() as usize;
-    let n_copiers = usize::from(is_cuda);
-    let per_multiprocessor = (n_quads * quad_bytes).div_ceil(multiprocessors);
-    let (mut rounds, mut slots) = (1, 4);
-    if is_cuda {
-        slots = per_multiprocessor.div_ceil(env("WL_SLOT", 60_000));
-        if n_quads > env("WL_FEW", 4) * multiprocessors { slots = slots.max(env("WL_SMALL", 2)) }
-        if slots > env("WL_ROUND", 4) { (rounds, slots) = (2, 4) }
-    }
-    let most_warps = if is_cuda { ((env("WL_TOTAL", 20) / slots - 1).min(env("WL_MOST", 9))).max(4) } else { 1 };
-    let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(most_warps));
-    let quad_warps = if is_cuda { (most_warps.min(8) / tile_warps).max(1) } else { 1 };
-    let fits = |quads: usize| {
-        let schedule = of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes);
-        4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize <= room
+    let shared_bytes =
+        |schedule: &Schedule| 4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize;
+    let of_band = |quads: usize, slab_tiles: usize, bytes: usize| Schedule {
+        shares: [Shares::default(); 3],
+        quads: quads as u32,
+        tile_warps: tile_warps.min(slab_tiles) as u32,
+        slab_tiles: slab_tiles as u32,
+        weight_words: bytes as u32 / 4,
+        warps: (tile_warps.min(slab_tiles) * (warps / tile_warps).min(quads)) as u32,
+        window: WINDOW,
     };
-    let fair = n_quads.div_ceil(multiprocessors * slots);
-    let quads = if rounds > 1 { (env("WL_BAND", 50_000) / quad_bytes).max(1) } else { fair };
-    let quads = quads.min(MAX_QUADS as usize);
-    let quads = (1..=quads).rev().find(|&quads| fits(quads));
-    let mut schedule = match quads {
-        Some(quads) => of_quads(quads, n_tiles, tile_warps, n_tiles, quads * quad_bytes),
-        None => {
-            let fixed = of_quads(1, n_tiles, tile_warps, 0, 0);
-            // The barriers' room is not known yet, and is small.
-            let left = room.saturating_sub(4 * fixed.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize + 1024);
-            let slab_tiles = left / tile_bytes;
-            ensure!(
-                slab_tiles > 0,
-                "gemv: {room} bytes of shared memory do not hold a tile of {tile_bytes} bytes and the sums of a \
-                 row of {} values",
-                matrices[0].n_cols()
-            );
-            of_quads(1, n_tiles, tile_warps.min(slab_tiles), slab_tiles, slab_tiles * tile_bytes)
-        }
-    };
+    // Fewer quads, and of one as many tiles, as shared memory holds.
+    let bands =
+        (1..=quads.min(MAX_QUADS as usize)).rev().map(|quads| of_band(quads, n_tiles, quads * quad_bytes));
+    let slabs = (1..n_tiles).rev().map(|tiles| of_band(1, tiles, tiles * tile_bytes));
+    let slabs = slabs.filter(|_| family == Family::Any);
+    let mut schedule = bands.chain(slabs).find(|schedule| shared_bytes(schedule) <= room).with_context(|| {
+        format!(
+            "gemv: {room} bytes of shared memory hold no quad of {quad_bytes} bytes of a matrix with {} columns",
+            matrices[0].n_cols()
+        )
+    })?;
     for (shares, matrix) in schedule.shares.iter_mut().zip(matrices) {
-        // Each block as many as any other, or one more.
         let blocks = matrix.n_quads().div_ceil(schedule.quads as usize);
         *shares = Shares {
-            blocks: blocks as u32,
+            blocks: dim(blocks)?,
             quads: (matrix.n_quads() / blocks) as u32,
             blocks_with_more: (matrix.n_quads() % blocks) as u32,
         };
     }
-    let n_blocks: usize = schedule.shares.iter().map(|shares| shares.blocks as usize).sum();
-    schedule.warps = schedule.tile_warps * quad_warps.min(schedule.quads as usize) as u32;
-    let n_warps = schedule.warps as usize + n_copiers;
-    schedule.window = if is_cuda { env("WL_WINDOW", 2) as u32 } else { u32::MAX };
-    let mut config = launch_1d(n_blocks, 32 * n_warps)?;
-    config.dynamic_shared_bytes = 4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS);
-    schedule.trace = trace(device, n_blocks);
+    let n_blocks = schedule.shares.iter().map(|shares| shares.blocks as usize).sum();
+    let mut config = launch_1d(n_blocks, 32 * (schedule.warps as usize + n_copiers))?;
+    config.dynamic_shared_bytes = shared_bytes(&schedule) as u32;
     Ok((schedule, config))
-}
-
-fn of_quads(quads: usize, _n_tiles: usize, tile_warps: usize, slab_tiles: usize, bytes: usize) -> Schedule {
-    Schedule {
-        quads: quads as u32,
-        shares: [Shares::default(); 3],
-        tile_warps: tile_warps as u32,
-        slab_tiles: slab_tiles as u32,
-        weight_words: bytes as u32 / 4,
-        warps: 0,
-        window: 0,
-        trace: ptr::null_mut(),
-    }
-}
-
-/// scratch
-pub static TRACE: std::sync::Mutex<(Option<Buffer<u64>>, usize, Vec<(usize, usize)>)> = std::sync::Mutex::new((None, 0, Vec::new()));
-fn trace(device: &Device, n_blocks: usize) -> *mut u64 {
-    if std::env::var("WL_TRACE").is_err() { return ptr::null_mut(); }
-    let mut t = TRACE.lock().unwrap();
-    if t.0.is_none() { t.0 = Some(device.alloc_zeroed(64 << 20).unwrap()); }
-    let at = t.1;
-    if at + n_blocks * 8 > 64 << 20 { return ptr::null_mut(); }
-    t.1 += n_blocks * 8;
-    t.2.push((at, n_blocks));
-    t.0.as_mut().unwrap().as_mut_ptr().wrapping_add(at)
-}
-/// scratch
-pub fn dump_trace(device: &Device) {
-    let Ok(path) = std::env::var("WL_TRACE") else { return };
-    let t = TRACE.lock().unwrap();
-    let values = device.to_vec(t.0.as_ref().unwrap()).unwrap();
-    let mut out = Vec::<u8>::new();
-    out.extend((t.2.len() as u64).to_le_bytes());
-    for (a, n) in &t.2 { out.extend((*a as u64).to_le_bytes()); out.extend((*n as u64).to_le_bytes()); }
-    out.extend(bytemuck::cast_slice::<u64, u8>(&values[..t.1]));
-    std::fs::write(path, out).unwrap();
 }

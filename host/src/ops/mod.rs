@@ -5,7 +5,7 @@
 mod attention;
 mod elementwise;
 mod gemm;
-pub mod gemv;
+mod gemv;
 mod kv;
 mod matrix;
 mod read;
