@@ -180,7 +180,6 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     while position - lane / a.lanes < end {
         let (near, far) = (position, position + stride);
         let [k0, k1, v0, v1] = next;
-        next = fetch(position + 2 * stride, end);
         let (k0, k1) = (C::widen(k0), C::widen(k1));
         let mut scores = [[0.0f32; 2]; HEADS];
         for head in 0..HEADS {
@@ -191,6 +190,7 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
         }
         // One meeting of the lanes for all scores.
         let scores = reduce(scores, a.lanes);
+        next = fetch(position + 2 * stride, end);
         let (v0, v1) = (C::widen(v0), C::widen(v1));
         for head in 0..HEADS {
             let s0 = if near < end { scores[head][0] } else { f32::NEG_INFINITY };

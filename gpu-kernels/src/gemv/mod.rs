@@ -141,7 +141,7 @@ pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
     const IN_SLABS: bool = false;
-    const IN_PAIRS: bool = true;
+    const IN_PAIRS: bool = F::IN_PAIRS;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -291,22 +291,20 @@ impl Work {
                 prepared = unsafe { epilogue.prepare(band.quad(thread), matrix) };
             }
         }
+        if let Some((_, [squares_at, prepared_at])) = epilogue {
+            // It is there when the vector is, and needs no registers from now on.
+            if E::NORMALISES {
+                store_squares(memory, squares_at, square_sum, schedule.warps);
+            }
+            if thread < band.n_quads {
+                prepared.store(memory, (prepared_at + thread * E::Prepared::WORDS) as usize);
+            }
+        }
         let mut tile = first_tile;
         while tile < tiles.end {
             let x = X::unit(&input, fetched);
             if tile + schedule.tile_warps < tiles.end {
                 fetched = fetch(tile + schedule.tile_warps);
-            }
-            if let Some((_, [squares_at, prepared_at])) = epilogue
-                && tile == first_tile
-            {
-                // It is there as the vector is, and needs no registers from now on.
-                if E::NORMALISES {
-                    store_squares(memory, squares_at, square_sum, schedule.warps);
-                }
-                if thread < band.n_quads {
-                    prepared.store(memory, (prepared_at + thread * E::Prepared::WORDS) as usize);
-                }
             }
             let n_tile_units = units_of(tile);
             let source = |quad: u32| {

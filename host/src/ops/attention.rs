@@ -85,10 +85,28 @@ pub fn kv_append(
     unsafe { device.launch(&kv_cache::KV_APPEND, config, arguments) }
 }
 
-/// What blocks that share a context leave for the last of them.
+/// Positions up to which a context is short.
+const SHORT: usize = 1024;
+/// Most query heads of a block where it is: more blocks, with fewer registers each, and so beside those of the kernels before
+/// and after. Where it is long a block takes as many as it can, since every one reads its keys and values.
+const SHORT_HEADS: usize = 2;
+
+/// How attention is dealt out to blocks.
+#[derive(Clone, Copy, Debug)]
+struct Deal {
+    /// Query heads that a block takes, and blocks that those of a key-value head go to.
+    heads: usize,
+    blocks_per_kv: usize,
+    /// Most blocks that share a context.
+    n_splits: usize,
+}
+
+/// What blocks that share a context leave for the last of them, and how many there are.
 #[derive(Debug)]
 pub struct AttentionWorkspace {
-    n_splits: usize,
+    /// For short contexts and for long ones.
+    deals: [Deal; 2],
+    is_long: bool,
     /// `[n_splits, n_head, head_dim]`.
     values: Buffer<f32>,
     /// `[n_splits, n_head, 2]`.
@@ -98,16 +116,14 @@ pub struct AttentionWorkspace {
 }
 
 impl AttentionWorkspace {
-    /// Room for as many blocks as keep the device busy.
+    /// Room for as many blocks as keep the device busy, for a short context at first.
     ///
     /// # Errors
     /// As [`with_splits`](Self::with_splits).
     pub fn alloc(device: &Device, n_head: usize, n_head_kv: usize, head_dim: usize) -> Result<Self> {
         // Two blocks fit on a multiprocessor. On the CPU the heads are blocks enough.
         let wanted = if device.is_cuda() { 2 * device.multiprocessors() as usize } else { 0 };
-        let (blocks_per_kv, _) = deal_heads(n_head, n_head_kv)?;
-        let n_splits = (wanted / (n_head_kv * blocks_per_kv)).clamp(1, MAX_SPLITS);
-        Self::with_splits(device, n_head, n_head_kv, head_dim, n_splits)
+        Self::new(device, n_head, n_head_kv, head_dim, |n_rows| (wanted / n_rows).clamp(1, MAX_SPLITS))
     }
 
     /// Room for `n_splits` blocks to share a context.
@@ -125,24 +141,48 @@ impl AttentionWorkspace {
             (1..=MAX_SPLITS).contains(&n_splits),
             "attention: a context is shared by 1 to {MAX_SPLITS} blocks, found {n_splits}"
         );
-        let (blocks_per_kv, _) = deal_heads(n_head, n_head_kv)?;
+        Self::new(device, n_head, n_head_kv, head_dim, |_| n_splits)
+    }
+
+    /// With as many splits as `n_splits` says for a number of rows of the grid.
+    fn new(
+        device: &Device,
+        n_head: usize,
+        n_head_kv: usize,
+        head_dim: usize,
+        n_splits: impl Fn(usize) -> usize,
+    ) -> Result<Self> {
+        let deal = |most_heads: usize| -> Result<Deal> {
+            let (blocks_per_kv, heads) = deal_heads(n_head, n_head_kv, most_heads)?;
+            Ok(Deal { heads, blocks_per_kv, n_splits: n_splits(n_head_kv * blocks_per_kv) })
+        };
+        let deals = [deal(SHORT_HEADS)?, deal(attention_kernel::MAX_HEADS)?];
+        let most = |of: fn(&Deal) -> usize| deals.iter().map(of).max().unwrap_or(0);
+        let (n_splits, blocks_per_kv) = (most(|deal| deal.n_splits), most(|deal| deal.blocks_per_kv));
         Ok(Self {
-            n_splits,
+            deals,
+            is_long: false,
             values: device.alloc(n_splits * n_head * head_dim)?,
             sums: device.alloc(n_splits * n_head * 2)?,
             n_ended: device.alloc_zeroed(n_head_kv * blocks_per_kv)?,
         })
     }
+
+    /// From now on it is for a context of about `length` positions, which bears on speed alone. Says whether that is long.
+    pub fn suit(&mut self, length: usize) -> bool {
+        self.is_long = length > SHORT;
+        self.is_long
+    }
 }
 
-/// Into how many blocks the query heads of a key-value head go, and how many each takes.
-fn deal_heads(n_head: usize, n_head_kv: usize) -> Result<(usize, usize)> {
+/// Into how many blocks the query heads of a key-value head go, and how many each takes: at most `most`.
+fn deal_heads(n_head: usize, n_head_kv: usize, most: usize) -> Result<(usize, usize)> {
     ensure!(
         n_head > 0 && n_head_kv > 0 && n_head.is_multiple_of(n_head_kv),
         "attention: {n_head} query heads over {n_head_kv} key-value heads"
     );
     let heads_per_kv = n_head / n_head_kv;
-    let blocks = heads_per_kv.div_ceil(attention_kernel::MAX_HEADS);
+    let blocks = heads_per_kv.div_ceil(most);
     Ok((blocks, heads_per_kv.div_ceil(blocks)))
 }
 
@@ -164,8 +204,9 @@ pub fn attention<'a>(
     next: Option<Next>,
 ) -> Result<()> {
     let (cache, AttentionShape { n_head, scale }) = (cache.into(), shape);
-    let (blocks_per_kv, heads) = deal_heads(n_head, cache.n_head_kv)?;
-    let (n_rows, n_splits) = (cache.n_head_kv * blocks_per_kv, workspace.n_splits);
+    deal_heads(n_head, cache.n_head_kv, attention_kernel::MAX_HEADS)?;
+    let Deal { heads, blocks_per_kv, n_splits } = workspace.deals[usize::from(workspace.is_long)];
+    let n_rows = cache.n_head_kv * blocks_per_kv;
     at_least("attention", "q", q, n_head * cache.head_dim)?;
     at_least("attention", "out", out, n_head * cache.head_dim)?;
     at_least("attention", "step", step, 1)?;
@@ -222,7 +263,7 @@ pub fn prefill_attention<'a>(
     let (AttentionShape { n_head, scale }, Chunk { position, n_tokens }) = (shape, chunk);
     let cache = cache.into();
     let head_dim = cache.head_dim;
-    deal_heads(n_head, cache.n_head_kv)?;
+    deal_heads(n_head, cache.n_head_kv, attention_kernel::MAX_HEADS)?;
     ensure!(n_tokens > 0, "prefill_attention: there are no tokens");
     ensure!(
         scale.is_finite() && scale > 0.0,

@@ -5,7 +5,7 @@ use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
 use gpu_kernels::activations::{Q8_1_BLOCK, Q8_1Scale};
 use gpu_kernels::formats::tile::TILE_ROWS;
-use gpu_kernels::operand::{Operand as KernelOperand, TILE_COLUMNS};
+use gpu_kernels::operand::{Operand as KernelOperand, TILE_COLUMNS, place_of};
 use gpu_kernels::rope::RopeLayout;
 
 /// A Q8_1 vector in device memory ([`gpu_kernels::activations`]).
@@ -77,6 +77,28 @@ impl Operand {
             squares: device.alloc(len.div_ceil(TILE_ROWS))?,
             n_squares: 0,
         })
+    }
+}
+
+impl Operand {
+    /// Waits for the device and brings the values; none on the exact path.
+    ///
+    /// # Errors
+    /// When a kernel before it failed.
+    pub fn to_f32(&self, device: &Device) -> Result<Vec<f32>> {
+        let words = device.to_vec(&self.words)?;
+        let halves: Vec<u32> = words.iter().flat_map(|word| [word << 16, word & 0xffff_0000]).collect();
+        let n = if halves.is_empty() { 0 } else { self.len };
+        Ok((0..n).map(|column| f32::from_bits(halves[place_of(column)])).collect())
+    }
+
+    /// Waits for the device and brings the sum of the squares of the vector to be normalised.
+    ///
+    /// # Errors
+    /// When a kernel before it failed.
+    pub fn sum_of_squares(&self, device: &Device) -> Result<f64> {
+        let squares = device.to_vec(&self.squares.part(0..self.n_squares))?;
+        Ok(squares.into_iter().map(f64::from).sum())
     }
 }
 
