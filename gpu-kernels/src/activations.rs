@@ -12,7 +12,7 @@ use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
 use crate::gemv::input::Input;
 use crate::operand::octet_of;
 use bytemuck::{Pod, Zeroable};
-use cuda_std::float::{abs, bf16x2_max, bf16x2_to_f32, div_approx, low_bits_of_integer, max, mul_add};
+use cuda_std::float::{abs, bf16x2_max, bf16x2_to_f32, low_bits_of_integer, max, mul_add};
 use cuda_std::intrinsics::low_bytes;
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4};
 use cuda_std::warp::{FULL_MASK, warp_reduce_max};
@@ -58,8 +58,9 @@ pub fn quantize([a, b, c, d, e, f, g, h]: [f32; OCTET]) -> Quantized {
 /// What values of a block whose largest one is `amax` are multiplied with.
 #[inline(always)]
 fn inverse(amax: f32) -> f32 {
-    // Blocks of less than any number that matters are 0.
-    if amax > 1e-36 { div_approx(127.0, amax) } else { 0.0 }
+    // Blocks of less than any number that matters are 0. Rounded as IEEE 754 says: values that are half of the largest one lie
+    // in the middle between two integers, and should go the same way on every device.
+    if amax > 1e-36 { 127.0 / amax } else { 0.0 }
 }
 
 /// Four values, times `inverse`, as integers.

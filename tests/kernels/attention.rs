@@ -7,7 +7,8 @@ use gpu_kernels::step::Step;
 use half::f16;
 use host::device::Device;
 use host::ops::{
-    self, AttentionShape, AttentionWorkspace, Chunk, KvCache, KvLayer, KvStage, Next, Operand, QuantizedKvLayer,
+    self, AttentionShape, AttentionWorkspace, Chunk, KvCache, KvLayer, KvStage, Next, Operand,
+    QuantizedKvLayer,
 };
 
 /// Keys and values for `n_ctx` positions, of which the first `length` are real and the rest poisoned with NaN.
@@ -249,8 +250,7 @@ fn attention_over_a_cache_in_q8_0_matches_f64() {
             let mut workspace =
                 AttentionWorkspace::with_splits(device, n_head, n_head_kv, head_dim, 3).unwrap();
             let mut out = Guarded::new(device, n_head * head_dim);
-            ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out.buffer, None)
-                .unwrap();
+            ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out.buffer, None).unwrap();
             // The reference's keys and values are rounded to f16 once more.
             assert_close(&out.finish(device, &what), &expected, 3e-3, 2.0, &what);
 

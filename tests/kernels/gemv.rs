@@ -7,9 +7,9 @@ use gpu_kernels::formats::Format;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
+use half::bf16;
 use half::f16;
 use host::device::{Buffer, Device};
-use half::bf16;
 use host::ops::{
     self, Input, KvLayer, Matrix, Next, Norm, Operand, Output, Packer, Q8_1Vector, QkvWeights, Rope,
 };
@@ -147,7 +147,12 @@ pub(super) fn normalised(x: &[f32], gamma: &[f32], eps: f32) -> Vec<f64> {
 }
 
 /// What products read of `x`, to be normalised with `gamma` where there is one.
-pub(super) fn operand(device: &Device, x: &Buffer<f32>, gamma: Option<&Buffer<f32>>, is_exact: bool) -> Operand {
+pub(super) fn operand(
+    device: &Device,
+    x: &Buffer<f32>,
+    gamma: Option<&Buffer<f32>>,
+    is_exact: bool,
+) -> Operand {
     let mut operand = Operand::alloc(device, x.len(), is_exact).unwrap();
     ops::make_operand(device, x, Next { operand: &mut operand, gamma }).unwrap();
     operand

@@ -23,6 +23,7 @@ use gpu_kernels::{
 /// # Errors
 /// When a buffer is too short, there are more than 65,535 tokens, the matrix's rows are not in natural order, or the launch
 /// fails.
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
 pub fn embed(
     device: &Device,
     weights: &Matrix,
