@@ -82,6 +82,8 @@ pub struct Arguments {
     pub n_ctx: u32,
     /// Most blocks that share a context, at most [`MAX_SPLITS`].
     pub n_splits: u32,
+    /// Positions up to the step's, counted back from it, that the kernels just before have written.
+    pub n_fresh: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
@@ -123,7 +125,7 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     let is_active = split < n_active;
     let head_offset = kv_head as usize * a.n_ctx as usize * a.head_dim as usize;
     if is_active && thread < 2 {
-        // All but the last position were written in earlier steps: they are on their way before the wait.
+        // All but the last positions were written in earlier steps: they are on their way before the wait.
         let cache = if thread == 0 { a.k_cache } else { a.v_cache };
         let from = head_offset + (start * a.head_dim) as usize;
         let from = cache.values.wrapping_add(from * C::VALUE_BYTES as usize);
@@ -149,10 +151,11 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
         let far = near + stride;
         [load(keys, near, end), load(keys, far, end), load(values, near, end), load(values, far, end)]
     };
-    // The first of them go into registers.
-    let mut next = fetch(position, end.min(length - 1));
+    // The first of them go into registers. Those that are fresh are there after the wait only.
+    let settled = length.saturating_sub(a.n_fresh);
+    let mut next = fetch(position, end.min(settled));
     wait_for_previous();
-    if position + 1 == length || position + stride + 1 == length {
+    if position + stride >= settled {
         next = fetch(position, end);
     }
 

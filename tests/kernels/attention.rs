@@ -107,7 +107,7 @@ fn attention_matches_f64() {
                 );
                 let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
                 let q = device.alloc_from(&q).unwrap();
-                let shape = AttentionShape { n_head, scale };
+                let shape = AttentionShape { n_head, scale, n_fresh: 1 };
                 // Several times with one workspace: a launch leaves it as it was. Dealt out for short contexts and for long ones.
                 for suited_to in [1, 100_000, 1] {
                     workspace.suit(suited_to);
@@ -137,7 +137,7 @@ fn scores_far_apart_do_not_overflow() {
             let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
             let q = device.alloc_from(&q).unwrap();
             let mut out = Guarded::new(device, head_dim);
-            let shape = AttentionShape { n_head: 1, scale: 1.0 };
+            let shape = AttentionShape { n_head: 1, scale: 1.0, n_fresh: 1 };
             let mut workspace = AttentionWorkspace::alloc(device, 1, 1, head_dim).unwrap();
             ops::attention(device, &q, &cache.layer, &step, shape, &mut workspace, &mut out.buffer, None)
                 .unwrap();
@@ -185,14 +185,14 @@ fn head_sizes_that_kernels_cannot_take_are_refused() {
     let layer = KvLayer::alloc(device, 2, 4, 32).unwrap();
     let step = device.alloc_from(&[Step::default()]).unwrap();
     let (q, mut out) = (device.alloc_from(&[0.0f32; 96]).unwrap(), device.alloc_from(&[0.0f32; 96]).unwrap());
-    let shape = AttentionShape { n_head: 3, scale: 1.0 };
+    let shape = AttentionShape { n_head: 3, scale: 1.0, n_fresh: 1 };
     let mut workspace = AttentionWorkspace::alloc(device, 2, 2, 32).unwrap();
     let mut run = |shape| ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out, None);
     let error = run(shape).unwrap_err().to_string();
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
     let error = AttentionWorkspace::alloc(device, 3, 2, 32).unwrap_err().to_string();
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
-    let error = run(AttentionShape { n_head: 4, scale: 1.0 }).unwrap_err().to_string();
+    let error = run(AttentionShape { n_head: 4, scale: 1.0, n_fresh: 1 }).unwrap_err().to_string();
     assert!(error.contains("128 are needed"), "{error}");
 }
 
@@ -246,7 +246,7 @@ fn attention_over_a_cache_in_q8_0_matches_f64() {
 
             let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
             let q = device.alloc_from(&q).unwrap();
-            let shape = AttentionShape { n_head, scale };
+            let shape = AttentionShape { n_head, scale, n_fresh: 1 };
             let mut workspace =
                 AttentionWorkspace::with_splits(device, n_head, n_head_kv, head_dim, 3).unwrap();
             let mut out = Guarded::new(device, n_head * head_dim);

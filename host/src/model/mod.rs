@@ -163,7 +163,11 @@ impl Model {
             activations: options.activations,
             fusion: options.fusion,
             rms_eps: config.rms_eps,
-            attention: AttentionShape { n_head: config.n_head, scale: 1.0 / (config.head_dim as f32).sqrt() },
+            attention: AttentionShape {
+                n_head: config.n_head,
+                scale: 1.0 / (config.head_dim as f32).sqrt(),
+                n_fresh: 1,
+            },
             head_dim: config.head_dim,
             n_head_kv: config.n_head_kv,
             rope: Rope {

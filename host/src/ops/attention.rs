@@ -17,6 +17,9 @@ pub struct AttentionShape {
     pub n_head: usize,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Of one query token: positions up to its own, counted back from it, that the launches just before write. Attention looks
+    /// at those before them while it waits for these launches.
+    pub n_fresh: usize,
 }
 
 /// Rotates `n_head` heads of `head_dim` values in place, by the step's position.
@@ -203,7 +206,7 @@ pub fn attention<'a>(
     out: &mut Buffer<f32>,
     next: Option<Next>,
 ) -> Result<()> {
-    let (cache, AttentionShape { n_head, scale }) = (cache.into(), shape);
+    let (cache, AttentionShape { n_head, scale, n_fresh }) = (cache.into(), shape);
     deal_heads(n_head, cache.n_head_kv, attention_kernel::MAX_HEADS)?;
     let Deal { heads, blocks_per_kv, n_splits } = workspace.deals[usize::from(workspace.is_long)];
     let n_rows = cache.n_head_kv * blocks_per_kv;
@@ -237,6 +240,7 @@ pub fn attention<'a>(
         lanes: dim((cache.head_dim / 8).next_power_of_two().max(8))?,
         n_ctx: dim(cache.n_ctx)?,
         n_splits: dim(n_splits)?,
+        n_fresh: dim(n_fresh)?,
         scale,
     };
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
@@ -260,7 +264,7 @@ pub fn prefill_attention<'a>(
     shape: AttentionShape,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
-    let (AttentionShape { n_head, scale }, Chunk { position, n_tokens }) = (shape, chunk);
+    let (AttentionShape { n_head, scale, .. }, Chunk { position, n_tokens }) = (shape, chunk);
     let cache = cache.into();
     let head_dim = cache.head_dim;
     deal_heads(n_head, cache.n_head_kv, attention_kernel::MAX_HEADS)?;

@@ -101,9 +101,6 @@ fn any_kernels(x: Input) -> Kernels {
     if x.is_exact() { kernels::exact::KERNELS } else { kernels::mixed::KERNELS }
 }
 
-/// Shared memory for what a block has beside the weights of a quad, at most.
-const BESIDE_BYTES: usize = 8 << 10;
-
 /// Whether a quad does not fit shared memory.
 fn is_long(device: &Device, matrix: &Matrix) -> bool {
     matrix.quad_bytes() + BESIDE_BYTES > device.shared_bytes() as usize
@@ -320,19 +317,17 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
 
 /// Most warps of a block that multiply.
 const MOST_WARPS: usize = 8;
-/// Most bytes of a band where a multiprocessor has one of several blocks of a kernel, and of the only one of a small matrix.
-const BAND_BYTES: usize = 50_000;
-const LONE_BAND_BYTES: usize = 110_000;
+/// What a block has in shared memory beside the weights of its band, about, and the multiprocessor keeps for it.
+const BESIDE_BYTES: usize = 6 << 10;
 /// Quads of a multiprocessor up to which a matrix is small.
 const FEW_QUADS: usize = 4;
 /// Pieces of a block's weights that are on their way: more make what the next kernel waits for stand in line behind them,
 /// with fewer memory idles (docs/performance.md, version 6).
 const WINDOW: u32 = 3;
 
-/// How many blocks of a launch a multiprocessor takes at once, how many warps in each multiply, and how many quads a block has.
+/// How many warps of a block multiply, and how many quads it has.
 #[derive(Clone, Copy, Debug)]
 struct Blocks {
-    at_once: usize,
     warps: usize,
     quads: usize,
 }
@@ -344,27 +339,21 @@ impl Blocks {
         let quads_of = |at_once: usize| n_quads.div_ceil(multiprocessors * at_once);
         if !device.is_cuda() {
             // On the CPU the threads of a block take turns: more of them only cost.
-            return Self { at_once: 4, warps: 1, quads: quads_of(4) };
+            return Self { warps: 1, quads: quads_of(4) };
         }
+        // Bytes of a band where a multiprocessor has four blocks or two.
+        let room = |blocks: usize| (device.shared_bytes() as usize / blocks).saturating_sub(BESIDE_BYTES);
         // One block of many warps for a small matrix, several of few where there is more: there is a place sooner then for
         // those of the next kernel.
-        let (few, lone) = (quads_of(1) <= FEW_QUADS, quads_of(1) * quad_bytes <= LONE_BAND_BYTES);
-        if few && lone && n_tiles <= most_warps {
-            return Self { at_once: 1, warps: most_warps, quads: quads_of(1) };
+        let is_small = quads_of(1) <= FEW_QUADS && quads_of(1) * quad_bytes <= room(2);
+        if is_small && n_tiles <= most_warps {
+            return Self { warps: most_warps, quads: quads_of(1) };
         }
-        // In one round, as evenly as can be; or as many rounds as it takes, where the blocks that end sooner take more.
-        let in_one_round = [3, 4].map(|at_once| Self {
-            at_once,
-            warps: (WARPS as usize / at_once - 1).min(most_warps),
-            quads: quads_of(at_once),
-        });
-        let fitting = in_one_round.into_iter().filter(|blocks| blocks.quads * quad_bytes <= BAND_BYTES);
-        let quads = (BAND_BYTES / quad_bytes).max(1);
-        fitting.min_by_key(|blocks| blocks.quads * blocks.at_once).unwrap_or(Self {
-            at_once: 4,
-            warps: (WARPS as usize / 4 - 1).min(most_warps),
-            quads,
-        })
+        // In one round, which leaves room for blocks of the kernels after it; or in as many as it takes, where the blocks that
+        // end sooner take more.
+        let at_once = if quads_of(3) * quad_bytes <= room(4) { 3 } else { 4 };
+        let quads = if at_once == 3 { quads_of(3) } else { (room(4) / quad_bytes).max(1) };
+        Self { warps: (WARPS as usize / at_once - 1).min(most_warps), quads }
     }
 }
 
@@ -385,7 +374,7 @@ fn schedule<E: Epilogue>(
         Family::Own => MOST_WARPS,
         Family::Any => ANY_WARPS as usize - n_copiers,
     };
-    let Blocks { warps, quads, .. } = Blocks::choose(device, n_quads, quad_bytes, n_tiles, most_warps);
+    let Blocks { warps, quads } = Blocks::choose(device, n_quads, quad_bytes, n_tiles, most_warps);
     let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(warps));
 
     let shared_bytes =
