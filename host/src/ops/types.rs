@@ -74,7 +74,7 @@ impl Operand {
             len,
             words: device.alloc_zeroed(n_words)?,
             // No block makes fewer than a quad of values.
-            squares: device.alloc(len.div_ceil(TILE_ROWS))?,
+            squares: device.alloc_zeroed(len.div_ceil(TILE_ROWS).next_multiple_of(4))?,
             n_squares: 0,
         })
     }
