@@ -1,11 +1,11 @@
 //! Matrix-vector products with quantized weights, and what surrounds them in a layer.
 //!
-//! Every one of these kernels goes the same way, [`run`]: ask for the block's [band](band) of the matrix, wait for the kernel
-//! before, take the vector ([`input`]), multiply, and let one thread finish each four rows ([`epilogue`]). They differ in what
-//! finishing means. Bands are small, and several blocks share a multiprocessor: while one multiplies, the others' weights are
-//! on their way, and where a kernel has no more blocks to start, the next one's take their places. Weights depend on
-//! nothing, so these ask for theirs at once, and memory does not idle between two products. Which multiprocessor takes how
-//! many bands is a matter of how fast it is.
+//! Every one of these kernels goes the same way, [`run`]: one warp asks for the block's [band](band) of the matrix, the others
+//! wait for the kernel before, take the vector ([`input`]) and multiply, and one thread finishes each four rows ([`epilogue`]).
+//! They differ in what finishing means. Bands are small, and several blocks share a multiprocessor: while one multiplies, the
+//! others' weights are on their way, and where a kernel has no more blocks to start, those of the next one take their places.
+//! Weights depend on nothing, so these ask for theirs at once, and memory does not idle between two products. Which
+//! multiprocessor takes how many bands is a matter of how fast it is.
 //!
 //! Bytes moved: the matrix once, plus the vector once per block, from the L2 cache.
 
@@ -32,14 +32,14 @@ use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
 
-/// Words of shared memory for sums of squares, one for each warp.
-const SQUARES_WORDS: u32 = WARPS.next_multiple_of(4);
 /// Warps that a multiprocessor has registers for, of kernels for one format; no block has more.
 pub const WARPS: u32 = 20;
 /// Most warps in a block of the kernels for any format.
 pub const ANY_WARPS: u32 = 8;
 /// Most quads in a band: a lane of the first warp finishes each.
 pub const MAX_QUADS: u32 = WARP_SIZE;
+/// Words of shared memory for sums of squares, one for each warp.
+const SQUARES_WORDS: u32 = WARPS.next_multiple_of(4);
 
 /// A packed matrix, as a launch passes it.
 #[repr(C)]
@@ -85,7 +85,7 @@ pub struct Schedule {
     pub quads: u32,
     /// Warps that share the tiles of a quad, no more than these are; the block has a multiple of as many.
     pub tile_warps: u32,
-    /// Tiles of a quad that are in shared memory at once: all, unless bands of one quad are too long.
+    /// Tiles of a quad that are in shared memory at once: all, unless a band of one quad is too long.
     pub slab_tiles: u32,
     /// Words of shared memory for the weights.
     pub weight_words: u32,
@@ -227,6 +227,28 @@ impl Dots for Any {
     }
 }
 
+/// Quad `quad`'s sums, which are there tile by tile and quad by quad from word `sums_at` on, added up.
+#[inline(always)]
+fn sum_up(memory: DynamicShared<u32>, sums_at: u32, quad: u32, n_tiles: u32) -> [f32; TILE_ROWS] {
+    let of_tile = |tile: u32| {
+        let at = sums_at + (quad * n_tiles + tile.min(n_tiles - 1)) * TILE_ROWS as u32;
+        let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
+        if tile < n_tiles { [s0, s1, s2, s3] } else { [0.0; TILE_ROWS] }
+    };
+    let add = |[a0, a1, a2, a3]: [f32; TILE_ROWS], [b0, b1, b2, b3]: [f32; TILE_ROWS]| {
+        [a0 + b0, a1 + b1, a2 + b2, a3 + b3]
+    };
+    let mut sums = [0.0f32; TILE_ROWS];
+    let mut tile = 0;
+    while tile < n_tiles {
+        // Four on their way at once.
+        let (a, b, c, d) = (of_tile(tile), of_tile(tile + 1), of_tile(tile + 2), of_tile(tile + 3));
+        sums = add(sums, add(add(a, b), add(c, d)));
+        tile += 4;
+    }
+    sums
+}
+
 /// Leaves the sum of this warp's squares at its word from `at` on, zeros for warps that are not there up to a multiple of four.
 #[inline(always)]
 fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32, n_warps: u32) {
@@ -292,7 +314,8 @@ impl Work {
             }
         }
         if let Some((_, [squares_at, prepared_at])) = epilogue {
-            // It is there when the vector is, and needs no registers from now on.
+            // It is there when the vector is, and needs no registers from now on. (Not in the block above: the compiler would
+            // write out the code after it twice.)
             if E::NORMALISES {
                 store_squares(memory, squares_at, square_sum, schedule.warps);
             }
@@ -427,22 +450,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     }
     let mut made = 0.0;
     if lane < band.n_quads {
-        let mut sums = [0.0f32; TILE_ROWS];
-        let mut tile = 0;
-        while tile < n_tiles {
-            // Four on their way at once.
-            let of_tile = |tile: u32| {
-                let at = sums_at + (lane * n_tiles + tile.min(n_tiles - 1)) * TILE_ROWS as u32;
-                let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
-                if tile < n_tiles { [s0, s1, s2, s3] } else { [0.0; TILE_ROWS] }
-            };
-            let add = |[a0, a1, a2, a3]: [f32; TILE_ROWS], [b0, b1, b2, b3]: [f32; TILE_ROWS]| {
-                [a0 + b0, a1 + b1, a2 + b2, a3 + b3]
-            };
-            let (a, b, c, d) = (of_tile(tile), of_tile(tile + 1), of_tile(tile + 2), of_tile(tile + 3));
-            sums = add(sums, add(add(a, b), add(c, d)));
-            tile += 4;
-        }
+        let mut sums = sum_up(memory, sums_at, lane, n_tiles);
         if E::NORMALISES && input.is_normalised() {
             let mut square_sum = 0.0;
             for warps in 0..schedule.warps.div_ceil(4) {
@@ -486,7 +494,7 @@ macro_rules! define_kernels {
         ///
         /// # Thread mapping
         /// A block takes a band of quads, each of its warps some tiles of some of them, a lane one unit of four rows; one
-        /// thread finishes a quad. Blocks of whole warps, as many as the launch bound says.
+        /// thread finishes a quad. Blocks of as many warps as the schedule says, and one more where that copies.
         #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
