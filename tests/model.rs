@@ -6,13 +6,13 @@ mod reference;
 use crate::kernels::{Random, assert_close, devices, nmse};
 use crate::tiny_model::{N_EMBD, N_FF, TinyModel};
 use gpu_kernels::step::Step;
-use host::device::Device;
+use host::device::{Buffer, Device};
 use host::gguf::{GgmlType, Gguf};
 use host::model::{
     Activations, Buffers, FfnBuffers, Fusion, Halt, KvFormat, Model, ModelOptions, Op, Point, Probe, Session,
     Tokens, ffn, layer,
 };
-use host::ops::{self, KvCache};
+use host::ops::{self, Input, KvCache, Next, Operand};
 use made_up::{K_QUANTS, LLAMA, MIXED, MadeUp, QWEN2, SHAPES, Shape};
 use reference::{Reference, unwatched};
 use std::collections::HashMap;
@@ -157,7 +157,10 @@ fn every_operation_on_q8_1_is_near_f64() {
                 let model = load_fused(device, &made_up, Activations::Q8_1, fusion);
                 check_operations(&made_up, &model, &mut |what, found, expected| {
                     let error = nmse(found, expected);
-                    assert!(error < Q8_1_OPERATION, "{what}: NMSE {error:e}");
+                    // The fused pass checks attention together with the products that its queries, keys and values come from.
+                    let is_more = fusion == Fusion::Fused && what.contains("Attention");
+                    let bound = if is_more { 2.0 * Q8_1_OPERATION } else { Q8_1_OPERATION };
+                    assert!(error < bound, "{what}: NMSE {error:e}");
                 });
             }
         }
@@ -181,6 +184,20 @@ fn logits_on_q8_1_are_near_f64() {
     }
 }
 
+/// What the network's first product reads of its input.
+fn operand(device: &Device, x: &Buffer<f32>, activations: Activations) -> Operand {
+    let mut operand = Operand::alloc(device, x.len(), activations == Activations::F32).unwrap();
+    ops::make_operand(device, x, Next { operand: &mut operand, gamma: None }).unwrap();
+    operand
+}
+
+fn ffn_input<'a>(activations: Activations, x: &'a Buffer<f32>, operand: &'a Operand) -> Input<'a> {
+    match activations {
+        Activations::F32 => Input::F32(x, None),
+        Activations::Q8_1 => Input::Operand(operand),
+    }
+}
+
 #[test]
 fn ffn_matches_f64() {
     for made_up in SHAPES.map(MadeUp::new) {
@@ -188,7 +205,7 @@ fn ffn_matches_f64() {
         for device in devices() {
             for activations in [Activations::F32, Activations::Q8_1] {
                 let model = load(device, &made_up, activations);
-                let mut buffers = FfnBuffers::alloc(device, n_ff).unwrap();
+                let mut buffers = FfnBuffers::alloc(device, n_ff, activations).unwrap();
                 let mut random = Random::new(1);
                 for index in 0..n_layer {
                     let x = random.vector(n_embd);
@@ -209,7 +226,9 @@ fn ffn_matches_f64() {
                     let before = random.vector(n_embd);
                     let mut output = device.alloc_from(&before).unwrap();
                     let weights = model.weights().layer(index).unwrap();
-                    ffn(device, weights, activations, &input, &mut output, &mut buffers).unwrap();
+                    let operand = operand(device, &input, activations);
+                    let taken = ffn_input(activations, &input, &operand);
+                    ffn(device, weights, taken, &mut output, &mut buffers).unwrap();
                     let added: Vec<f64> = expected.iter().zip(widened(&before)).map(|(a, b)| a + b).collect();
                     check(&device.to_vec(&output).unwrap(), &added);
                     assert_eq!(device.to_vec(&input).unwrap(), x);
@@ -238,8 +257,11 @@ fn ffn_names_what_does_not_fit() {
             (Activations::F32, 96, 95, 160, "buffer y has 95 values, 96 are needed"),
             (Activations::Q8_1, 96, 96, 128, "buffer y has 128 values, 160 are needed"),
         ] {
-            let mut buffers = FfnBuffers::alloc(device, n_ff).unwrap();
-            let error = ffn(device, weights, activations, &zeros(n_x), &mut zeros(n_y), &mut buffers);
+            let mut buffers = FfnBuffers::alloc(device, n_ff, activations).unwrap();
+            let x = zeros(n_x);
+            let operand = operand(device, &x, activations);
+            let x = ffn_input(activations, &x, &operand);
+            let error = ffn(device, weights, x, &mut zeros(n_y), &mut buffers);
             let line = format!("{:#}", error.unwrap_err());
             assert!(line.contains(expected), "{line}");
         }
@@ -254,7 +276,7 @@ fn a_layer_on_device_buffers_matches_f64() {
             let model = load(device, &made_up, Activations::F32);
             let index = shape.n_layer - 1;
             let weights = model.weights().layer(index).unwrap();
-            let mut buffers = Buffers::alloc(device, model.config(), KvFormat::F16).unwrap();
+            let mut buffers = Buffers::alloc(device, model.config(), model.settings()).unwrap();
             let mut cache =
                 KvCache::alloc(device, KvFormat::F16, shape.n_head_kv, 4, shape.head_dim).unwrap();
             let mut run = |x: &[f32], position, probe| {
@@ -262,10 +284,13 @@ fn a_layer_on_device_buffers_matches_f64() {
                 // Leaves the angles of the position, and an embedding that is not wanted here.
                 let Buffers { steps, rotation, x: hidden, .. } = &mut buffers;
                 let (token_embd, rope) = (&model.weights().token_embd, &model.settings().rope);
-                ops::embed(device, token_embd, steps, 1, rope, hidden, rotation).unwrap();
+                ops::embed(device, token_embd, steps, 1, rope, hidden, rotation, None).unwrap();
                 device.upload(&mut buffers.x, x).unwrap();
-                let tokens = Tokens::One;
-                layer(device, weights, model.settings(), &mut cache, &mut buffers, tokens, index, probe)?;
+                let (norm, next_norm) = (&weights.attn_norm, &model.weights().output_norm);
+                let next = Next { operand: &mut buffers.x_operand, gamma: Some(norm) };
+                ops::make_operand(device, &buffers.x, next).unwrap();
+                let (settings, tokens) = (model.settings(), Tokens::One);
+                layer(device, weights, next_norm, settings, &mut cache, &mut buffers, tokens, index, probe)?;
                 Ok::<_, Halt>(device.to_vec(&buffers.x).unwrap())
             };
             let mut reference = Reference::new(&made_up);

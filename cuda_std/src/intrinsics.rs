@@ -102,6 +102,34 @@ pub fn signed_byte(word: u32, i: u32) -> i32 {
     }
 }
 
+/// The lowest bytes of four words, the first one's lowest.
+///
+/// On a GPU these are three instructions (prmt).
+#[inline(always)]
+pub fn low_bytes([a, b, c, d]: [u32; 4]) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let pair = |low: u32, high: u32, selector: u32| -> u32 {
+                let word: u32;
+                // SAFETY: arithmetic alone.
+                unsafe {
+                    core::arch::asm!(
+                        "prmt.b32 {word}, {low}, {high}, {selector};",
+                        word = out(reg32) word,
+                        low = in(reg32) low,
+                        high = in(reg32) high,
+                        selector = in(reg32) selector,
+                        options(pure, nomem, nostack, preserves_flags),
+                    );
+                }
+                word
+            };
+            pair(pair(a, b, 0x40), pair(c, d, 0x40), 0x5410)
+        }
+        _ => u32::from_le_bytes([a as u8, b as u8, c as u8, d as u8]),
+    }
+}
+
 macro_rules! bytes_in_floats {
     ($($name:ident, $selector:literal, $place:literal, $at:literal, $doc:literal;)*) => {$(
         #[doc = $doc]

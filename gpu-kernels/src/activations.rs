@@ -4,14 +4,17 @@
 //! integers, which the minimum term of a weight format needs (llama.cpp's block_q8_1, with both numbers in full
 //! precision).
 //!
-//! A matrix kernel puts its vector into shared memory once per block, the units that meet a tile together, in planes
-//! like a tile's, and a lane reads the unit that meets its weights.
+//! A lane of a matrix kernel takes the unit of the vector that meets its weights into registers, for all the tiles it meets.
+//! On the fast path that is an [operand](crate::operand), which the lane quantizes, or a vector in Q8_1.
 
 use crate::formats::tile::TILE_UNITS;
 use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
+use crate::gemv::input::Input;
+use crate::operand::octet_of;
 use bytemuck::{Pod, Zeroable};
-use cuda_std::float::{abs, div_approx, max, mul_add, round_ties_even};
-use cuda_std::shared::DynamicShared;
+use cuda_std::float::{abs, bf16x2_max, bf16x2_to_f32, low_bits_of_integer, max, mul_add};
+use cuda_std::intrinsics::low_bytes;
+use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4};
 use cuda_std::warp::{FULL_MASK, warp_reduce_max};
 
 /// Values in a Q8_1 block.
@@ -47,40 +50,47 @@ pub struct Quantized {
 pub fn quantize([a, b, c, d, e, f, g, h]: [f32; OCTET]) -> Quantized {
     let of_4 = |a: f32, b: f32, c: f32, d: f32| max(max(abs(a), abs(b)), max(abs(c), abs(d)));
     let amax = warp_reduce_max(FULL_MASK, max(of_4(a, b, c, d), of_4(e, f, g, h)), LANES_PER_BLOCK);
-    // Blocks of less than any number that matters are 0.
-    let inverse = if amax > 1e-36 { div_approx(127.0, amax) } else { 0.0 };
-    let word = |values: [f32; 4]| {
-        let [q0, q1, q2, q3] = values.map(|value| round_ties_even(value * inverse) as i32 as u32 & 0xff);
-        q0 | q1 << 8 | q2 << 16 | q3 << 24
-    };
-    Quantized { words: [word([a, b, c, d]), word([e, f, g, h])], d: amax * (1.0 / 127.0) }
+    let inverse = inverse(amax);
+    let words = [word_of([a, b, c, d], inverse), word_of([e, f, g, h], inverse)];
+    Quantized { words, d: amax * (1.0 / 127.0) }
 }
 
-/// A vector in shared memory that tiles of weights can be multiplied with.
+/// What values of a block whose largest one is `amax` are multiplied with.
+#[inline(always)]
+fn inverse(amax: f32) -> f32 {
+    // Blocks of less than any number that matters are 0. Rounded as IEEE 754 says: values that are half of the largest one lie
+    // in the middle between two integers, and should go the same way on every device.
+    if amax > 1e-36 { 127.0 / amax } else { 0.0 }
+}
+
+/// Four values, times `inverse`, as integers.
+#[inline(always)]
+fn word_of(values: [f32; 4], inverse: f32) -> u32 {
+    low_bytes(values.map(|value| low_bits_of_integer(value * inverse)))
+}
+
+/// A vector that tiles of weights can be multiplied with.
 pub trait Activations: Copy {
-    /// Words of shared memory for a unit.
-    const UNIT_WORDS: usize;
-    /// Most warps in a block: as many as leave registers for two blocks on a multiprocessor, so that the next kernel's
-    /// block starts beside this one's.
-    const MAX_WARPS: u32;
-    /// Whether a vector may be too long for shared memory, and is then taken in slabs.
-    const IN_SLABS: bool;
-    /// What a lane holds of it for one unit of weights.
+    /// What a lane reads of it for one unit of weights.
+    type Fetched: Copy;
+    /// What it makes of that.
     type Unit: Copy;
 
-    /// Stores eight values, `octet` counting them from the start of the vector; all lanes of the warp take part, those
-    /// beyond the vector with `octet >= n_octets`.
-    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]);
+    /// Asks for unit `unit` of those that meet tile `tile`: what is done between this and [`unit`](Self::unit) does not wait
+    /// for memory.
+    ///
+    /// # Safety
+    /// The input must be as its fields say, in device memory, and the unit inside it.
+    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> Self::Fetched;
 
-    /// Reads unit `unit` of those that meet tile `tile`.
-    fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Self::Unit;
+    /// The unit.
+    fn unit(input: &Input, fetched: Self::Fetched) -> Self::Unit;
 
     /// `sum` plus the dot product of a unit of weights with the same columns of the vector.
     fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit, sum: f32) -> f32;
 }
 
-/// Q8_1: for each tile planes of the units' first and second 16 integers, and one of their factors, 36 bytes a unit.
-/// The sums are made again from the integers: sooner than lanes could exchange them.
+/// Q8_1.
 #[derive(Clone, Copy, Debug)]
 pub struct Q8_1;
 
@@ -97,49 +107,73 @@ pub struct Q8_1Unit {
     pub sums: [i32; 2],
 }
 
-impl Q8_1 {
-    /// Stores eight values that are quantized already.
+impl Q8_1Unit {
     #[inline(always)]
-    pub fn store_quantized(memory: DynamicShared<u32>, octet: usize, Quantized { words, d }: Quantized) {
-        let (unit, part) = (octet / UNIT_OCTETS, octet % UNIT_OCTETS);
-        let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-        // Two octets are half a unit.
-        let at = start / 2 + (part / 2 * TILE_UNITS + unit) * 2 + part % 2;
-        memory.view::<u64>().set(at, u64::from(words[0]) | u64::from(words[1]) << 32);
-        if part == 0 {
-            memory.set(start + UNIT_WORDS * TILE_UNITS + unit, d.to_bits());
-        }
+    fn new(words: [u32; UNIT_WORDS], d: f32) -> Self {
+        let quants = words.map(|word| word as i32);
+        let sums = half_sums(quants);
+        Self { quants, d, d_sum: d * (sums[0] + sums[1]) as f32, sums }
     }
-}
 
-/// The word at which the units that meet tile `tile` start.
-#[inline(always)]
-fn tile_start<X: Activations>(tile: usize) -> usize {
-    tile * TILE_UNITS * X::UNIT_WORDS
+    /// Of 32 bfloat16, two to a word.
+    #[inline(always)]
+    fn quantize(pairs: [u32; UNIT / 2]) -> Self {
+        const MAGNITUDES: u32 = 0x7fff_7fff;
+        let mut largest = 0;
+        let mut i = 0;
+        while i < UNIT / 2 {
+            largest = bf16x2_max(largest, pairs[i] & MAGNITUDES);
+            i += 1;
+        }
+        let [low, high] = bf16x2_to_f32(largest);
+        let amax = max(low, high);
+        let inverse = inverse(amax);
+        let mut words = [0; UNIT_WORDS];
+        let mut i = 0;
+        while i < UNIT_WORDS {
+            let ([a, b], [c, d]) = (bf16x2_to_f32(pairs[2 * i]), bf16x2_to_f32(pairs[2 * i + 1]));
+            words[i] = word_of([a, b, c, d], inverse);
+            i += 1;
+        }
+        Self::new(words, amax * (1.0 / 127.0))
+    }
 }
 
 impl Activations for Q8_1 {
-    const UNIT_WORDS: usize = UNIT_WORDS + 1;
-    const MAX_WARPS: u32 = 12;
-    const IN_SLABS: bool = false;
+    /// Of an operand 32 bfloat16, of Q8_1 eight words of integers and a factor.
+    type Fetched = [u32; UNIT / 2];
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
-        let quantized = quantize(values);
-        if octet < n_octets {
-            Self::store_quantized(memory, octet, quantized);
+    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [u32; UNIT / 2] {
+        let (tile, unit) = (tile as usize, unit as usize);
+        if input.words.is_null() {
+            let unit = tile * TILE_UNITS + unit;
+            // SAFETY: the unit is inside the vector, as the caller vouches.
+            let ([a, b, c, d], [e, f, g, h], [scale, _]) = unsafe {
+                let quants = input.quants.add(unit * UNIT_WORDS).cast::<[u32; 4]>();
+                let scale = input.scales.add(unit).cast();
+                (ld_global_u32x4(quants), ld_global_u32x4(quants.add(1)), ld_global_u32x2(scale))
+            };
+            return [a, b, c, d, e, f, g, h, scale, 0, 0, 0, 0, 0, 0, 0];
         }
+        // SAFETY: the unit is inside the vector, as the caller vouches.
+        let part = |i: usize| unsafe {
+            let parts = input.words.cast::<[u32; 4]>();
+            ld_global_u32x4(parts.add((tile * UNIT_OCTETS + i) * TILE_UNITS + unit))
+        };
+        let ([a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]) = (part(0), part(1), part(2), part(3));
+        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
     }
 
     #[inline(always)]
-    fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> Q8_1Unit {
-        let start = tile_start::<Self>(tile);
-        let (low, high) = (memory.get4(start + unit * 4), memory.get4(start + (TILE_UNITS + unit) * 4));
-        let quants = core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32);
-        let d = f32::from_bits(memory.get(start + UNIT_WORDS * TILE_UNITS + unit));
-        let sums = half_sums(quants);
-        Q8_1Unit { quants, d, d_sum: d * (sums[0] + sums[1]) as f32, sums }
+    fn unit(input: &Input, words: [u32; UNIT / 2]) -> Q8_1Unit {
+        if input.words.is_null() {
+            let [a, b, c, d, e, f, g, h, scale, ..] = words;
+            Q8_1Unit::new([a, b, c, d, e, f, g, h], f32::from_bits(scale))
+        } else {
+            Q8_1Unit::quantize(words)
+        }
     }
 
     #[inline(always)]
@@ -148,49 +182,50 @@ impl Activations for Q8_1 {
     }
 }
 
-/// f32: for each tile eight planes of four values of each unit.
+/// f32.
 #[derive(Clone, Copy, Debug)]
 pub struct F32Vector;
 
-/// Where a unit of an f32 vector is: too large to be kept in registers beside the weights.
-#[derive(Clone, Copy, Debug)]
-pub struct F32Unit {
-    memory: DynamicShared<u32>,
-    /// The word at which its first four values are.
-    start: usize,
-}
-
 impl Activations for F32Vector {
-    const UNIT_WORDS: usize = UNIT;
-    const MAX_WARPS: u32 = 8;
-    const IN_SLABS: bool = true;
-    type Unit = F32Unit;
+    type Fetched = [f32; UNIT];
+    type Unit = [f32; UNIT];
 
     #[inline(always)]
-    fn store(memory: DynamicShared<u32>, n_octets: usize, octet: usize, values: [f32; OCTET]) {
-        if octet < n_octets {
-            let (unit, part) = (octet / UNIT_OCTETS, octet % UNIT_OCTETS);
-            let (start, unit) = (tile_start::<Self>(unit / TILE_UNITS), unit % TILE_UNITS);
-            let [a, b, c, d, e, f, g, h] = values.map(f32::to_bits);
-            memory.set4(start + (2 * part * TILE_UNITS + unit) * 4, [a, b, c, d]);
-            memory.set4(start + ((2 * part + 1) * TILE_UNITS + unit) * 4, [e, f, g, h]);
-        }
-    }
-
-    #[inline(always)]
-    fn load(memory: DynamicShared<u32>, tile: usize, unit: usize) -> F32Unit {
-        F32Unit { memory, start: tile_start::<Self>(tile) + unit * 4 }
-    }
-
-    #[inline(always)]
-    fn dot<W: WeightUnit>(weights: &W, x: &F32Unit, sum: f32) -> f32 {
-        let w = weights.dequantize();
-        let (before, mut sum) = (sum, 0.0);
-        for part in 0..UNIT_WORDS {
-            let values = x.memory.get4(x.start + part * TILE_UNITS * 4).map(f32::from_bits);
-            for i in 0..4 {
-                sum = mul_add(w[4 * part + i], values[i], sum);
+    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [f32; UNIT] {
+        let first = (tile as usize * TILE_UNITS + unit as usize) * UNIT_OCTETS;
+        let mut values = [0.0; UNIT];
+        let mut part = 0;
+        while part < UNIT_OCTETS {
+            // SAFETY: the caller's promise.
+            let (x, gamma) = unsafe {
+                (
+                    octet_of(input.values, input.n as usize, first + part),
+                    octet_of(input.gamma, input.n as usize, first + part),
+                )
+            };
+            let mut i = 0;
+            while i < OCTET {
+                values[OCTET * part + i] = x[i] * gamma[i];
+                i += 1;
             }
+            part += 1;
+        }
+        values
+    }
+
+    #[inline(always)]
+    fn unit(_input: &Input, values: [f32; UNIT]) -> [f32; UNIT] {
+        values
+    }
+
+    #[inline(always)]
+    fn dot<W: WeightUnit>(weights: &W, x: &[f32; UNIT], before: f32) -> f32 {
+        let w = weights.dequantize();
+        let mut sum = 0.0;
+        let mut i = 0;
+        while i < UNIT {
+            sum = mul_add(w[i], x[i], sum);
+            i += 1;
         }
         before + sum
     }

@@ -9,6 +9,7 @@
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::kv_cache::KvFormat;
 use crate::kv_cache::{HalfKv, KvCodec, KvRef, Q8Kv};
+use crate::operand::Operand;
 use crate::step::Step;
 use core::f32::consts::LOG2_E;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
@@ -57,6 +58,8 @@ pub struct Arguments {
     pub v_cache: KvRef,
     /// The result, `[n_head, head_dim]`.
     pub out: *mut f32,
+    /// The result as the next product reads it, or nothing.
+    pub operand: Operand,
     /// Holds the position.
     pub step: *const Step,
     /// The blocks' results: `[n_splits, n_head, head_dim]`.
@@ -79,6 +82,8 @@ pub struct Arguments {
     pub n_ctx: u32,
     /// Most blocks that share a context, at most [`MAX_SPLITS`].
     pub n_splits: u32,
+    /// Positions up to the step's, counted back from it, that the kernels just before have written.
+    pub n_fresh: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
@@ -120,7 +125,7 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     let is_active = split < n_active;
     let head_offset = kv_head as usize * a.n_ctx as usize * a.head_dim as usize;
     if is_active && thread < 2 {
-        // All but the last position were written in earlier steps: they are on their way before the wait.
+        // All but the last positions were written in earlier steps: they are on their way before the wait.
         let cache = if thread == 0 { a.k_cache } else { a.v_cache };
         let from = head_offset + (start * a.head_dim) as usize;
         let from = cache.values.wrapping_add(from * C::VALUE_BYTES as usize);
@@ -130,7 +135,29 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     if !is_active {
         return;
     }
+    let (keys, values) = (a.k_cache, a.v_cache);
+    let load = |from: KvRef, position: u32, end: u32| -> C::Raw {
+        if position < end && has_dims {
+            let at = head_offset + first_dim as usize + position as usize * a.head_dim as usize;
+            // SAFETY: the position is written.
+            unsafe { C::fetch(from, at) }
+        } else {
+            C::ZEROS
+        }
+    };
+    let stride = WARPS as u32 * per_warp;
+    let mut position = start + group;
+    let fetch = |near: u32, end: u32| {
+        let far = near + stride;
+        [load(keys, near, end), load(keys, far, end), load(values, near, end), load(values, far, end)]
+    };
+    // The first of them go into registers. Those that are fresh are there after the wait only.
+    let settled = length.saturating_sub(a.n_fresh);
+    let mut next = fetch(position, end.min(settled));
     wait_for_previous();
+    if position + stride >= settled {
+        next = fetch(position, end);
+    }
 
     // Weights are powers of 2: the scores' factor turns e^x into 2^x.
     let factor = a.scale * LOG2_E;
@@ -149,27 +176,13 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
         }
     };
     let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
-    let (keys, values) = (a.k_cache, a.v_cache);
-    let load = |from: KvRef, position: u32| -> C::Raw {
-        if position < end && has_dims {
-            let at = head_offset + first_dim as usize + position as usize * a.head_dim as usize;
-            // SAFETY: the position is written.
-            unsafe { C::fetch(from, at) }
-        } else {
-            C::ZEROS
-        }
-    };
-
     let mut largest = [LOWEST; HEADS];
     let mut sum = [0.0f32; HEADS];
     let mut value = [[0.0f32; DIMS]; HEADS];
-    let stride = WARPS as u32 * per_warp;
-    let mut position = start + group;
     // The same for all lanes of a warp: those of later groups may have no position.
     while position - lane / a.lanes < end {
         let (near, far) = (position, position + stride);
-        let (k0, k1) = (load(keys, near), load(keys, far));
-        let (v0, v1) = (load(values, near), load(values, far));
+        let [k0, k1, v0, v1] = next;
         let (k0, k1) = (C::widen(k0), C::widen(k1));
         let mut scores = [[0.0f32; 2]; HEADS];
         for head in 0..HEADS {
@@ -180,6 +193,7 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
         }
         // One meeting of the lanes for all scores.
         let scores = reduce(scores, a.lanes);
+        next = fetch(position + 2 * stride, end);
         let (v0, v1) = (C::widen(v0), C::widen(v1));
         for head in 0..HEADS {
             let s0 = if near < end { scores[head][0] } else { f32::NEG_INFINITY };
@@ -229,23 +243,33 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     }
     sync_threads();
 
-    let n_values = n_heads * a.head_dim;
-    let (to, offset) = if n_active == 1 {
+    let n_pairs = n_heads * a.head_dim / 2;
+    let is_whole = n_active == 1;
+    let (to, offset) = if is_whole {
         (a.out, first_head * a.head_dim)
     } else {
         (a.split_values, (split * a.n_head + first_head) * a.head_dim)
     };
-    let mut i = thread;
-    while i < n_values {
-        let (head, d) = (i / a.head_dim, i % a.head_dim);
-        let mut result = 0.0;
+    let mut pair = thread;
+    while pair < n_pairs {
+        let (head, d) = (2 * pair / a.head_dim, 2 * pair % a.head_dim);
+        let mut result = [0.0; 2];
         for part in 0..n_parts {
             let share = part_sum.get((part * HEADS as u32 + head) as usize);
-            result = mul_add(share, part_values.get(head_values(part, head) + d as usize), result);
+            let at = head_values(part, head) + d as usize;
+            result[0] = mul_add(share, part_values.get(at), result[0]);
+            result[1] = mul_add(share, part_values.get(at + 1), result[1]);
         }
-        // SAFETY: the element is inside the output, and this thread's own.
-        unsafe { *to.add((offset + i) as usize) = result };
-        i += BLOCK_DIM as u32;
+        let first = (offset + 2 * pair) as usize;
+        // SAFETY: the elements are inside the output, and this thread's own.
+        unsafe {
+            *to.add(first) = result[0];
+            *to.add(first + 1) = result[1];
+            if is_whole && !a.operand.words.is_null() {
+                a.operand.store_2(first, result);
+            }
+        }
+        pair += BLOCK_DIM as u32;
     }
     if n_active == 1 {
         return;
@@ -351,8 +375,11 @@ unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
         }
         // SAFETY: the values are the output's, and this thread's own.
         unsafe {
-            let out = a.out.add((first_head * a.head_dim + 4 * quad) as usize);
-            st_global_u32x4(out.cast(), sum.map(f32::to_bits));
+            let first = (first_head * a.head_dim + 4 * quad) as usize;
+            st_global_u32x4(a.out.add(first).cast(), sum.map(f32::to_bits));
+            if !a.operand.words.is_null() {
+                a.operand.store_4(first, sum);
+            }
         }
     }
 }
@@ -361,7 +388,7 @@ unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
 #[inline(always)]
 fn reduce<const HEADS: usize>(scores: [[f32; 2]; HEADS], lanes: u32) -> [[f32; 2]; HEADS] {
     // As one list, of a length that is known for each number of heads.
-    let mut list = [0.0f32; 2 * MAX_HEADS];
+    let mut list = [0.0f32; 8];
     for head in 0..HEADS {
         list[2 * head] = scores[head][0];
         list[2 * head + 1] = scores[head][1];

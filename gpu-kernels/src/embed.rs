@@ -1,13 +1,16 @@
 //! The start of tokens: their embeddings, and the angles of their positions.
 
+use crate::activations::{OCTET, UNIT_OCTETS};
+use crate::block::block_sum;
 use crate::formats::tile::{DeviceTile, Geometry, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
+use crate::operand::{Operand, octet_of};
 use crate::rope::angle;
 use crate::step::Step;
 use cuda_std::grid::let_next_start;
-use cuda_std::kernel;
-use cuda_std::thread::{block_idx_y, index_1d};
+use cuda_std::thread::{block_idx_x, block_idx_y, index_1d, thread_idx_x};
+use cuda_std::{kernel, shared_array};
 
 /// Threads in a block.
 pub const BLOCK_DIM: usize = 64;
@@ -25,10 +28,12 @@ pub const BLOCK_DIM: usize = 64;
 /// - `out`: `[n_tokens, stride]`, of which `n_embd` are written
 /// - `frequencies`: `[n_pairs]`, radians per position
 /// - `rotation`: `[n_tokens, n_pairs]`, cosine and sine, both times `magnitude`
+/// - `operand`: `out` of the only token as the next product reads it, with a sum of squares for each block; or nothing
 ///
 /// # Thread mapping
-/// A row of the grid per token; in it one thread per unit of 32 columns, and one per pair; any block size, rows that
+/// A row of the grid per token; in it one thread per unit of 32 columns, and one per pair; blocks of whole warps, rows that
 /// cover both.
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
 #[kernel]
 pub unsafe fn embed(
     weights: MatrixRef,
@@ -40,7 +45,9 @@ pub unsafe fn embed(
     rotation: *mut [f32; 2],
     n_pairs: u32,
     magnitude: f32,
+    operand: Operand,
 ) {
+    let scratch = shared_array!(EMBED_SUMS: [f32; 32]);
     let_next_start();
     let (index, n_embd) = (index_1d() as usize, n_embd as usize);
     let number = block_idx_y() as usize;
@@ -58,26 +65,53 @@ pub unsafe fn embed(
         tile_bytes: weights.tile_bytes as usize,
         last_tile_bytes: weights.last_tile_bytes as usize,
     };
-    if index >= geometry.n_units {
-        return;
+    let mut values = [0.0; UNIT];
+    if index < geometry.n_units {
+        let (row, tile) = (step.token as usize, index / TILE_UNITS);
+        let place =
+            Place { n_units: geometry.units_of(tile), row: row % TILE_ROWS, unit: index % TILE_UNITS };
+        // SAFETY: the row is one of the matrix's.
+        let source = unsafe { DeviceTile::at(weights.tiles.add(geometry.offset(row / TILE_ROWS, tile))) };
+        macro_rules! dequantize {
+            ($(($Type:ident, $name:ident))*) => {
+                match weights.format {
+                    $(f if f == Format::$Type as u32 =>
+                        <crate::formats::$Type>::unpack(source, place).dequantize(),)*
+                    _ => [0.0; UNIT],
+                }
+            };
+        }
+        values = crate::for_each_format!(dequantize);
     }
-    let (row, tile) = (step.token as usize, index / TILE_UNITS);
-    let place = Place { n_units: geometry.units_of(tile), row: row % TILE_ROWS, unit: index % TILE_UNITS };
-    // SAFETY: the row is one of the matrix's.
-    let source = unsafe { DeviceTile::at(weights.tiles.add(geometry.offset(row / TILE_ROWS, tile))) };
-    macro_rules! dequantize {
-        ($(($Type:ident, $name:ident))*) => {
-            match weights.format {
-                $(f if f == Format::$Type as u32 => <crate::formats::$Type>::unpack(source, place).dequantize(),)*
-                _ => [0.0; UNIT],
-            }
-        };
-    }
-    let values = crate::for_each_format!(dequantize);
-    for (i, value) in values.into_iter().enumerate() {
+    let mut squares = 0.0;
+    for (i, value) in values.iter_mut().enumerate() {
         if index * UNIT + i < n_embd {
             // SAFETY: the column is inside `out`, and this thread's own.
-            unsafe { *out.add(number * stride as usize + index * UNIT + i) = value };
+            unsafe { *out.add(number * stride as usize + index * UNIT + i) = *value };
+            squares += *value * *value;
+        } else {
+            *value = 0.0;
+        }
+    }
+    if operand.squares.is_null() {
+        return;
+    }
+    let sum = block_sum(squares, scratch);
+    if thread_idx_x() == 0 {
+        // SAFETY: the block's own sum.
+        unsafe { *operand.squares.add(block_idx_x() as usize) = sum };
+    }
+    if operand.words.is_null() {
+        return;
+    }
+    for part in 0..UNIT_OCTETS {
+        let octet = index * UNIT_OCTETS + part;
+        if octet * OCTET < n_embd {
+            // SAFETY: the octet is inside the operand, and this thread's own.
+            unsafe {
+                let gamma = octet_of(operand.gamma, n_embd, octet);
+                operand.store_8(octet * OCTET, core::array::from_fn(|i| values[part * OCTET + i] * gamma[i]));
+            }
         }
     }
 }

@@ -18,8 +18,9 @@
 use crate::formats::tile::{DeviceTile, Fetched, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
+use crate::gemv::band::Quad;
 use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
-use crate::gemv::stream::Quad;
+use crate::operand::Operand;
 use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, PanelPiece, Panels, ROW_BYTES, rest};
 use core::ops::Range;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
@@ -294,7 +295,7 @@ unsafe fn finish<E: Epilogue>(
         // SAFETY: the quad is the matrix's, and only this thread finishes it for this token.
         unsafe {
             let prepared = epilogue.prepare(quad, matrix);
-            epilogue.finish(quad, matrix, sums, prepared);
+            let _ = epilogue.finish(quad, matrix, sums, prepared);
         }
         token += WARP_SIZE / WARP_QUADS as u32;
     }
@@ -415,9 +416,12 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
         if output.kind == OutputKind::Store as u32 {
             finish(memory, at, first, matrix, tokens, |token| Store { y: y(token) });
         } else if output.kind == OutputKind::Add as u32 {
-            finish(memory, at, first, matrix, tokens, |token| Add { y: y(token) });
+            finish(memory, at, first, matrix, tokens, |token| Add { y: y(token), operand: Operand::NOTHING });
         } else if output.kind == OutputKind::Swiglu as u32 {
-            finish(memory, at, first, matrix, tokens, |token| Swiglu { y: y(token) });
+            finish(memory, at, first, matrix, tokens, |token| Swiglu {
+                y: y(token),
+                operand: Operand::NOTHING,
+            });
         } else {
             finish(memory, at, first, matrix, tokens, |token| output.qkv.at_token(token, output.stride));
         }

@@ -20,6 +20,7 @@ pub mod gemm;
 pub mod gemv;
 pub mod kv_cache;
 pub mod math;
+pub mod operand;
 pub mod pack;
 pub mod panels;
 pub mod prefill_attention;

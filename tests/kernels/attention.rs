@@ -1,12 +1,14 @@
 //! Attention over the KV cache, and appending to it.
 
+use super::gemv::nearest;
 use super::{Guarded, Random, assert_close, devices};
 use gpu_kernels::kv_cache::KvFormat;
 use gpu_kernels::step::Step;
 use half::f16;
 use host::device::Device;
 use host::ops::{
-    self, AttentionShape, AttentionWorkspace, Chunk, KvCache, KvLayer, KvStage, QuantizedKvLayer,
+    self, AttentionShape, AttentionWorkspace, Chunk, KvCache, KvLayer, KvStage, Next, Operand,
+    QuantizedKvLayer,
 };
 
 /// Keys and values for `n_ctx` positions, of which the first `length` are real and the rest poisoned with NaN.
@@ -105,13 +107,18 @@ fn attention_matches_f64() {
                 );
                 let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
                 let q = device.alloc_from(&q).unwrap();
-                let shape = AttentionShape { n_head, scale };
-                // Twice with one workspace: a launch leaves it as it was.
-                for _ in 0..2 {
+                let shape = AttentionShape { n_head, scale, n_fresh: 1 };
+                // Several times with one workspace: a launch leaves it as it was. Dealt out for short contexts and for long ones.
+                for suited_to in [1, 100_000, 1] {
+                    workspace.suit(suited_to);
                     let mut out = Guarded::new(device, n_head * head_dim);
+                    let mut left = Operand::alloc(device, n_head * head_dim, false).unwrap();
                     let (layer, buffer) = (&cache.layer, &mut out.buffer);
-                    ops::attention(device, &q, layer, &step, shape, &mut workspace, buffer).unwrap();
-                    assert_close(&out.finish(device, &what), &expected, 2e-5, 0.5, &what);
+                    let next = Some(Next { operand: &mut left, gamma: None });
+                    ops::attention(device, &q, layer, &step, shape, &mut workspace, buffer, next).unwrap();
+                    let out = out.finish(device, &what);
+                    assert_close(&out, &expected, 2e-5, 0.5, &what);
+                    assert_eq!(left.to_f32(device).unwrap(), nearest(&out), "{what}");
                 }
             }
         }
@@ -130,9 +137,10 @@ fn scores_far_apart_do_not_overflow() {
             let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
             let q = device.alloc_from(&q).unwrap();
             let mut out = Guarded::new(device, head_dim);
-            let shape = AttentionShape { n_head: 1, scale: 1.0 };
+            let shape = AttentionShape { n_head: 1, scale: 1.0, n_fresh: 1 };
             let mut workspace = AttentionWorkspace::alloc(device, 1, 1, head_dim).unwrap();
-            ops::attention(device, &q, &cache.layer, &step, shape, &mut workspace, &mut out.buffer).unwrap();
+            ops::attention(device, &q, &cache.layer, &step, shape, &mut workspace, &mut out.buffer, None)
+                .unwrap();
             // A score's rounding error, 1e-7 of up to 1e6, moves its weight by as many per cent.
             let what = format!("magnitude {magnitude}");
             assert_close(&out.finish(device, &what), &expected, 0.1, 1.0, &what);
@@ -177,14 +185,14 @@ fn head_sizes_that_kernels_cannot_take_are_refused() {
     let layer = KvLayer::alloc(device, 2, 4, 32).unwrap();
     let step = device.alloc_from(&[Step::default()]).unwrap();
     let (q, mut out) = (device.alloc_from(&[0.0f32; 96]).unwrap(), device.alloc_from(&[0.0f32; 96]).unwrap());
-    let shape = AttentionShape { n_head: 3, scale: 1.0 };
+    let shape = AttentionShape { n_head: 3, scale: 1.0, n_fresh: 1 };
     let mut workspace = AttentionWorkspace::alloc(device, 2, 2, 32).unwrap();
-    let mut run = |shape| ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out);
+    let mut run = |shape| ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out, None);
     let error = run(shape).unwrap_err().to_string();
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
     let error = AttentionWorkspace::alloc(device, 3, 2, 32).unwrap_err().to_string();
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
-    let error = run(AttentionShape { n_head: 4, scale: 1.0 }).unwrap_err().to_string();
+    let error = run(AttentionShape { n_head: 4, scale: 1.0, n_fresh: 1 }).unwrap_err().to_string();
     assert!(error.contains("128 are needed"), "{error}");
 }
 
@@ -238,11 +246,11 @@ fn attention_over_a_cache_in_q8_0_matches_f64() {
 
             let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
             let q = device.alloc_from(&q).unwrap();
-            let shape = AttentionShape { n_head, scale };
+            let shape = AttentionShape { n_head, scale, n_fresh: 1 };
             let mut workspace =
                 AttentionWorkspace::with_splits(device, n_head, n_head_kv, head_dim, 3).unwrap();
             let mut out = Guarded::new(device, n_head * head_dim);
-            ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out.buffer).unwrap();
+            ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out.buffer, None).unwrap();
             // The reference's keys and values are rounded to f16 once more.
             assert_close(&out.finish(device, &what), &expected, 3e-3, 2.0, &what);
 

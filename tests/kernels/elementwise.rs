@@ -136,7 +136,7 @@ fn embed_leaves_the_angles_of_the_position() {
             let buffer = device.alloc_from(&steps).unwrap();
             let mut out = device.alloc::<f32>(64).unwrap();
             let mut rotation = device.alloc::<[f32; 2]>(6).unwrap();
-            ops::embed(device, &matrix, &buffer, 2, &rope, &mut out, &mut rotation).unwrap();
+            ops::embed(device, &matrix, &buffer, 2, &rope, &mut out, &mut rotation, None).unwrap();
             let found: Vec<f32> = device.to_vec(&rotation).unwrap().into_iter().flatten().collect();
             let angles = steps.iter().flat_map(|step| {
                 frequencies.map(|frequency| (f64::from(step.position) * frequency).sin_cos())

@@ -7,9 +7,12 @@ use gpu_kernels::formats::Format;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
+use half::bf16;
 use half::f16;
-use host::device::Device;
-use host::ops::{self, Input, KvLayer, Matrix, Norm, Output, Packer, Q8_1Vector, QkvWeights, Rope};
+use host::device::{Buffer, Device};
+use host::ops::{
+    self, Input, KvLayer, Matrix, Next, Norm, Operand, Output, Packer, Q8_1Vector, QkvWeights, Rope,
+};
 
 /// Rows and columns in blocks: single, odd, more rows than a block takes, a wide one, and SmolLM2's 576 where it fits.
 fn shapes(format: Format) -> Vec<(usize, usize)> {
@@ -82,7 +85,7 @@ fn gemv_f32_matches_f64() {
     for_each_case(|device, case| {
         let x = device.alloc_from(&case.x).unwrap();
         let mut y = Guarded::new(device, case.n_rows);
-        ops::gemv(device, &case.matrix, Input::F32(&x), None, Output::Set(&mut y.buffer)).unwrap();
+        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, Output::Set(&mut y.buffer)).unwrap();
         let (expected, size) = product(&case.weights, &widen(&case.x));
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size, &case.what);
     });
@@ -124,12 +127,13 @@ fn bias_and_residual_are_added() {
         let bias_buffer = device.alloc_from(&bias).unwrap();
         let mut y = Guarded::new(device, case.n_rows);
         let output = Output::SetBiased(&mut y.buffer, &bias_buffer);
-        ops::gemv(device, &case.matrix, Input::F32(&x), None, output).unwrap();
+        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, output).unwrap();
         let expected: Vec<f64> = plain.iter().zip(&bias).map(|(y, &b)| y + f64::from(b)).collect();
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size + 1.0, &case.what);
 
         let mut y = Guarded::holding(device, &residual);
-        ops::gemv(device, &case.matrix, Input::F32(&x), None, Output::Add(&mut y.buffer)).unwrap();
+        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, Output::Add(&mut y.buffer, None))
+            .unwrap();
         let expected: Vec<f64> = plain.iter().zip(&residual).map(|(y, &r)| y + f64::from(r)).collect();
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size + 1.0, &case.what);
     });
@@ -142,8 +146,26 @@ pub(super) fn normalised(x: &[f32], gamma: &[f32], eps: f32) -> Vec<f64> {
     x.iter().zip(gamma).map(|(&x, &g)| f64::from(x) * f64::from(g) * factor).collect()
 }
 
-/// The vector that Q8_1 makes of `x`, block by block; in f32 where a tie would otherwise round the other way.
+/// What products read of `x`, to be normalised with `gamma` where there is one.
+pub(super) fn operand(
+    device: &Device,
+    x: &Buffer<f32>,
+    gamma: Option<&Buffer<f32>>,
+    is_exact: bool,
+) -> Operand {
+    let mut operand = Operand::alloc(device, x.len(), is_exact).unwrap();
+    ops::make_operand(device, x, Next { operand: &mut operand, gamma }).unwrap();
+    operand
+}
+
+/// The nearest bfloat16 of each value.
+pub(super) fn nearest(values: &[f32]) -> Vec<f32> {
+    values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect()
+}
+
+/// The vector that an operand and Q8_1 make of `x`, block by block; in f32 where a tie would otherwise round the other way.
 fn rounded(x: &[f32]) -> Vec<f64> {
+    let x = nearest(x);
     let round = |block: &[f32]| -> Vec<f64> {
         let amax = block.iter().fold(0.0f32, |max, v| max.max(v.abs()));
         let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
@@ -170,18 +192,21 @@ fn gemv_normalises_and_quantizes_its_input() {
         let norm = Some(Norm { gamma: &g, eps });
         let exact = normalised(&case.x, &gamma, eps);
         let (expected, size) = product(&case.weights, &exact);
-        assert_close(&run(Input::F32(&x), norm), &expected, 3e-6, size, &case.what);
+        let squares = operand(device, &x, Some(&g), true);
+        assert_close(&run(Input::F32(&x, Some(&squares)), norm), &expected, 3e-6, size, &case.what);
 
+        let plain = operand(device, &x, None, false);
         let (expected, size) = product(&case.weights, &rounded(&case.x));
-        assert_close(&run(Input::Quantized(&x), None), &expected, 3e-6, size, &case.what);
+        assert_close(&run(Input::Operand(&plain), None), &expected, 3e-6, size, &case.what);
 
-        // The kernel quantizes x * gamma and applies the norm's factor to the products.
+        // The kernel quantizes x * gamma, rounded to bfloat16, and applies the norm's factor to the products.
         let scaled: Vec<f32> = case.x.iter().zip(&gamma).map(|(x, g)| x * g).collect();
         let factor = exact.iter().map(|v| v * v).sum::<f64>().sqrt()
             / scaled.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
         let twin: Vec<f64> = rounded(&scaled).into_iter().map(|v| v * factor).collect();
         let (expected, size) = product(&case.weights, &twin);
-        assert_close(&run(Input::Quantized(&x), norm), &expected, 3e-6, size, &case.what);
+        let scaled = operand(device, &x, Some(&g), false);
+        assert_close(&run(Input::Operand(&scaled), norm), &expected, 3e-6, size, &case.what);
     });
 }
 
@@ -198,10 +223,15 @@ fn gemv_swiglu_matches_f64() {
         let matrix = Packer::new(device).matrix(case.format, 2 * n_ff, case.n_cols, order, &halves).unwrap();
         let x = device.alloc_from(&case.x).unwrap();
 
-        for (input, x) in [(Input::F32(&x), widen(&case.x)), (Input::Quantized(&x), rounded(&case.x))] {
+        let packed = operand(device, &x, None, false);
+        let inputs = [(Input::F32(&x, None), widen(&case.x)), (Input::Operand(&packed), rounded(&case.x))];
+        for (input, x) in inputs {
             let mut y = Guarded::new(device, n_ff);
-            ops::gemv_swiglu(device, &matrix, input, None, &mut y.buffer).unwrap();
+            let mut left = Operand::alloc(device, n_ff, false).unwrap();
+            let next = Next { operand: &mut left, gamma: None };
+            ops::gemv_swiglu(device, &matrix, input, None, &mut y.buffer, Some(next)).unwrap();
             let y = y.finish(device, &case.what);
+            assert_eq!(left.to_f32(device).unwrap(), nearest(&y), "{}", case.what);
             let (gate_y, gate_size) = product(gate_weights, &x);
             let (up_y, up_size) = product(up_weights, &x);
             for (i, value) in y.into_iter().enumerate() {
@@ -238,7 +268,7 @@ fn rows_come_back_in_their_order() {
         ] {
             let matrix = Packer::new(device).matrix(Format::Q8_0, n_rows, n_cols, order, &[&blocks]).unwrap();
             let mut y = Guarded::new(device, n_rows);
-            ops::gemv(device, &matrix, Input::F32(&x), None, Output::Set(&mut y.buffer)).unwrap();
+            ops::gemv(device, &matrix, Input::F32(&x, None), None, Output::Set(&mut y.buffer)).unwrap();
             assert_close(&y.finish(device, "rows"), &expected, 2e-6, size, &format!("{order:?}"));
         }
         let order = RowOrder { order: Order::Halves as u32, group: 40, n_rot: 0 };
@@ -296,7 +326,8 @@ fn gemv_qkv_matches_f64() {
             };
             let norm = Some(Norm { gamma: &g, eps: 1e-5 });
             let what = format!("{layout:?}, {n_head}:{n_head_kv} heads of {head_dim}, {}", device.describe());
-            let input = Input::F32(&x);
+            let squares = operand(device, &x, Some(&g), true);
+            let input = Input::F32(&x, Some(&squares));
             ops::gemv_qkv(device, weights, input, norm, &rope, &rotation, &step, &mut q.buffer, &mut cache)
                 .unwrap();
 
@@ -358,7 +389,7 @@ fn many_rows_exceed_any_grid() {
         let values = random.vector(64);
         let x = device.alloc_from(&values).unwrap();
         let mut y = Guarded::new(device, n_rows);
-        ops::gemv(device, &matrix, Input::F32(&x), None, Output::Set(&mut y.buffer)).unwrap();
+        ops::gemv(device, &matrix, Input::F32(&x, None), None, Output::Set(&mut y.buffer)).unwrap();
         let (expected, size) = product(&dequantize(Format::Q8_0, &blocks), &widen(&values));
         assert_close(&y.finish(device, "rows"), &expected, 2e-6, size, "rows");
     }
@@ -372,18 +403,18 @@ fn shapes_that_do_not_fit_are_refused() {
     let mut y3 = device.alloc_from(&[0.0f32; 3]).unwrap();
     let message = |result: anyhow::Result<()>| format!("{:#}", result.unwrap_err());
     assert!(
-        message(ops::gemv(device, &matrix, Input::F32(&short), None, Output::Set(&mut y3)))
+        message(ops::gemv(device, &matrix, Input::F32(&short, None), None, Output::Set(&mut y3)))
             .contains("31 values")
     );
     assert!(
-        message(ops::gemv(device, &matrix, Input::F32(&x), None, Output::Set(&mut y3)))
+        message(ops::gemv(device, &matrix, Input::F32(&x, None), None, Output::Set(&mut y3)))
             .contains("4 are needed")
     );
     assert!(
-        message(ops::gemv_swiglu(device, &matrix, Input::F32(&x), None, &mut y3))
+        message(ops::gemv_swiglu(device, &matrix, Input::F32(&x, None), None, &mut y3, None))
             .contains("one matrix in halves")
     );
     let norm = Some(Norm { gamma: &short, eps: 0.0 });
-    let refused = ops::gemv(device, &matrix, Input::F32(&x), norm, Output::Set(&mut y3));
+    let refused = ops::gemv(device, &matrix, Input::F32(&x, None), norm, Output::Set(&mut y3));
     assert!(message(refused).contains("gamma has 31 values"));
 }

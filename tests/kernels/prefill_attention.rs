@@ -39,7 +39,8 @@ fn prefill_attention_matches_f64() {
                 );
                 let buffer = device.alloc_from(&q).unwrap();
                 let mut out = Guarded::new(device, n_tokens * n_q);
-                let (shape, chunk) = (AttentionShape { n_head, scale }, Chunk { position, n_tokens });
+                let (shape, chunk) =
+                    (AttentionShape { n_head, scale, n_fresh: 1 }, Chunk { position, n_tokens });
                 ops::prefill_attention(device, &buffer, &cache.layer, chunk, shape, &mut out.buffer).unwrap();
                 let found = out.finish(device, &what);
                 // Weights are rounded to 11 bits, values are at most 2.
@@ -61,7 +62,7 @@ fn large_queries_are_saturated() {
             let q: Vec<f32> = random.vector(n_tokens * head_dim).into_iter().map(|v| magnitude * v).collect();
             let buffer = device.alloc_from(&q).unwrap();
             let mut out = Guarded::new(device, n_tokens * head_dim);
-            let shape = AttentionShape { n_head: 1, scale: 1.0 };
+            let shape = AttentionShape { n_head: 1, scale: 1.0, n_fresh: 1 };
             let chunk = Chunk { position: 0, n_tokens };
             ops::prefill_attention(device, &buffer, &cache.layer, chunk, shape, &mut out.buffer).unwrap();
             // All numbers, and the first token sees its own value alone.
@@ -78,7 +79,7 @@ fn chunks_that_do_not_fit_are_refused() {
     let cache = KvLayer::alloc(device, 2, 8, 32).unwrap();
     let (q, mut out) = (device.alloc::<f32>(256).unwrap(), device.alloc::<f32>(256).unwrap());
     let mut message_of = |scale, n_head, position, n_tokens| {
-        let (shape, chunk) = (AttentionShape { n_head, scale }, Chunk { position, n_tokens });
+        let (shape, chunk) = (AttentionShape { n_head, scale, n_fresh: 1 }, Chunk { position, n_tokens });
         let result = ops::prefill_attention(device, &q, &cache, chunk, shape, &mut out);
         format!("{:#}", result.unwrap_err())
     };

@@ -19,7 +19,7 @@ fn product(device: &Device, matrix: &Matrix) -> Vec<f64> {
     let x: Vec<f32> = (0..N_COLS).map(|_| if signs.bits() >> 63 == 0 { -1.0 } else { 1.0 }).collect();
     let mut y = device.alloc(N_ROWS).unwrap();
     let x = device.alloc_from(&x).unwrap();
-    ops::gemv(device, matrix, Input::F32(&x), None, Output::Set(&mut y)).unwrap();
+    ops::gemv(device, matrix, Input::F32(&x, None), None, Output::Set(&mut y)).unwrap();
     device.to_vec(&y).unwrap().into_iter().map(f64::from).collect()
 }
 

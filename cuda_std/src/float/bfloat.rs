@@ -29,6 +29,31 @@ pub fn bf16x2_to_f32(word: u32) -> [f32; 2] {
     [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)]
 }
 
+/// The larger one of both lower and of both upper numbers. A NaN loses against a number.
+#[inline(always)]
+pub fn bf16x2_max(a: u32, b: u32) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let word;
+            // SAFETY: arithmetic alone.
+            unsafe {
+                core::arch::asm!(
+                    "max.bf16x2 {word}, {a}, {b};",
+                    word = out(reg32) word,
+                    a = in(reg32) a,
+                    b = in(reg32) b,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            word
+        }
+        _ => {
+            let ([a_low, a_high], [b_low, b_high]) = (bf16x2_to_f32(a), bf16x2_to_f32(b));
+            a_low.max(b_low).to_bits() >> 16 | a_high.max(b_high).to_bits() & 0xffff_0000
+        }
+    }
+}
+
 #[cfg(not(target_arch = "nvptx64"))]
 #[inline(always)]
 fn round(value: f32) -> u32 {

@@ -2,9 +2,8 @@
 
 use crate::{launch, try_launch};
 use cuda_std::emulator::LaunchError;
-use cuda_std::pipeline::WarpCopies;
+use cuda_std::pipeline::PacedCopy;
 use cuda_std::thread::*;
-use cuda_std::warp::{FULL_MASK, lane_id, sync_warp};
 use cuda_std::{dynamic_shared, kernel, shared_array};
 
 const TILE: usize = 64;
@@ -70,60 +69,47 @@ fn every_block_starts_with_poisoned_memory() {
     }
 }
 
-/// Each warp sums up the words of its part of `x`, 64 at a time, of which some are always on their way; the last ones
-/// are `last`.
+/// The last warp copies `x` piece by piece into shared memory, twice, and the others sum up its words as they come: each thread
+/// every so many.
 #[kernel]
-pub unsafe fn stream(x: *const u32, out: *mut u32, n_pieces: u32, last: u32, stages: u32) {
-    let (warp, lane) = (thread_idx_x() / 32, lane_id());
-    let memory = dynamic_shared!(STREAM_MEMORY: [u32]);
-    let mut copies = WarpCopies::new(memory, warp * WarpCopies::words(stages, 64), stages, 64);
-    let words = |piece: u32| if piece + 1 == n_pieces { last } else { 64 };
-    // SAFETY: each warp has `n_pieces` pieces of 64 words, the last of which may be cut short.
-    let start = |copies: &WarpCopies, ahead: u32, piece: u32| unsafe {
-        if piece < n_pieces {
-            copies.start(ahead, x.add(((warp * n_pieces + piece) * 64) as usize).cast(), 4 * words(piece));
-        }
-    };
-    for ahead in 0..stages {
-        start(&copies, ahead, ahead);
-    }
-    sync_warp(FULL_MASK);
+pub unsafe fn paced(x: *const u32, out: *mut u32, n_words: u32, window: u32) {
+    let (warp, n_threads) = (thread_idx_x() / 32, block_dim_x() - 32);
+    let memory = dynamic_shared!(PACED_MEMORY: [u32]);
+    let copy = PacedCopy::new(memory, n_words.next_multiple_of(4), 4 * n_words);
     let mut sum = 0u32;
-    for piece in 0..n_pieces {
-        copies.wait();
-        let mut i = lane;
-        while i < words(piece) {
-            sum = sum.wrapping_mul(31).wrapping_add(memory.get((copies.place() + i) as usize));
-            i += 32;
+    for round in 0..2 {
+        if warp == n_threads / 32 {
+            // SAFETY: there are as many words, and each round reads the same.
+            unsafe { copy.run(round, 0, x.cast(), 4 * n_words, window) };
+        } else {
+            let mut i = thread_idx_x();
+            while i < n_words {
+                copy.wait(round, 4 * i, 4 * i + 4);
+                sum = sum.wrapping_mul(31).wrapping_add(memory.get(i as usize));
+                i += n_threads;
+            }
         }
-        sync_warp(FULL_MASK);
-        start(&copies, 0, piece + stages);
-        copies.advance();
-        sync_warp(FULL_MASK);
+        sync_threads();
     }
-    // SAFETY: one element per thread.
-    unsafe { *out.add(thread_idx_x() as usize) = sum };
+    if warp < n_threads / 32 {
+        // SAFETY: one element per thread.
+        unsafe { *out.add(thread_idx_x() as usize) = sum };
+    }
 }
 
 #[test]
-fn a_ring_of_copies_brings_every_piece_in_order() {
-    for (n_pieces, last, stages) in [(1, 64, 2), (2, 4, 3), (7, 32, 3), (8, 64, 8), (9, 20, 2), (3, 64, 5)] {
-        let (mut x, mut out) = (vec![0u32; 2 * n_pieces as usize * 64], vec![0u32; 64]);
-        x.iter_mut().enumerate().for_each(|(i, word)| *word = (i as u32).wrapping_mul(0x9e37_79b1));
-        let bytes = 2 * 4 * WarpCopies::words(stages, 64);
-        let args = (x.as_ptr(), out.as_mut_ptr(), n_pieces, last, stages);
-        try_launch(&STREAM, [1, 1, 1], [64, 1, 1], bytes, args).unwrap();
+fn a_paced_copy_brings_every_piece() {
+    for (n_words, window) in [(4, 1), (1024, 1), (1028, 2), (5000, 3), (8192, 100)] {
+        let x: Vec<u32> = (0..n_words).map(|i: u32| i.wrapping_mul(0x9e37_79b1)).collect();
+        let mut out = vec![0u32; 64];
+        let bytes = 4 * (n_words.next_multiple_of(4) + PacedCopy::barrier_words(4 * n_words));
+        let args = (x.as_ptr(), out.as_mut_ptr(), n_words, window);
+        try_launch(&PACED, [1, 1, 1], [96, 1, 1], bytes, args).unwrap();
         for (thread, &sum) in out.iter().enumerate() {
-            let (warp, lane) = (thread / 32, thread % 32);
-            let mut expected = 0u32;
-            for piece in 0..n_pieces as usize {
-                let words = if piece + 1 == n_pieces as usize { last as usize } else { 64 };
-                for i in (lane..words).step_by(32) {
-                    let word = x[(warp * n_pieces as usize + piece) * 64 + i];
-                    expected = expected.wrapping_mul(31).wrapping_add(word);
-                }
-            }
-            assert_eq!(sum, expected, "thread {thread} of {n_pieces} pieces, {stages} stages");
+            let words = x.iter().skip(thread).step_by(64);
+            let expected =
+                words.clone().chain(words).fold(0u32, |sum, &x| sum.wrapping_mul(31).wrapping_add(x));
+            assert_eq!(sum, expected, "thread {thread} of {n_words} words, {window} pieces at a time");
         }
     }
 }

@@ -11,6 +11,7 @@ impl WeightFormat for F16 {
     const FORMAT: Format = Format::F16;
     const BLOCK_LEN: usize = 1;
     const BLOCK_BYTES: usize = 2;
+    const IN_PAIRS: bool = false;
     type Unit = FloatUnit;
 
     #[inline(always)]

@@ -10,6 +10,7 @@ impl WeightFormat for F32 {
     const FORMAT: Format = Format::F32;
     const BLOCK_LEN: usize = 1;
     const BLOCK_BYTES: usize = 4;
+    const IN_PAIRS: bool = false;
     type Unit = FloatUnit;
 
     #[inline(always)]

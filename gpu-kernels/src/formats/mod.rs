@@ -56,6 +56,8 @@ pub trait WeightFormat: Copy {
     const BLOCK_LEN: usize;
     /// Bytes in a GGUF block.
     const BLOCK_BYTES: usize;
+    /// Whether a lane has registers for units of two quads at a time, in a matrix-vector product.
+    const IN_PAIRS: bool;
     /// What a lane holds of one unit.
     type Unit: WeightUnit + Copy;
 

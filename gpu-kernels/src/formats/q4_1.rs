@@ -15,6 +15,7 @@ impl WeightFormat for Q4_1 {
     const FORMAT: Format = Format::Q4_1;
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 20;
+    const IN_PAIRS: bool = true;
     type Unit = NibbleUnit;
 
     #[inline(always)]

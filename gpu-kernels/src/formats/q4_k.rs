@@ -38,6 +38,7 @@ impl WeightFormat for Q4_K {
     const FORMAT: Format = Format::Q4_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 144;
+    const IN_PAIRS: bool = true;
     type Unit = NibbleUnit;
 
     #[inline(always)]

@@ -53,6 +53,7 @@ impl WeightFormat for Q6_K {
     const FORMAT: Format = Format::Q6_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 210;
+    const IN_PAIRS: bool = true;
     type Unit = IntegerUnit<32, 2>;
 
     #[inline(always)]

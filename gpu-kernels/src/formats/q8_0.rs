@@ -14,6 +14,7 @@ impl WeightFormat for Q8_0 {
     const FORMAT: Format = Format::Q8_0;
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 34;
+    const IN_PAIRS: bool = false;
     type Unit = IntegerUnit<0, 1>;
 
     #[inline(always)]

@@ -1,9 +1,10 @@
 //! What becomes of a product: one thread finishes the four rows of a quad.
 
 use super::MatrixRef;
-use super::stream::Quad;
+use super::band::Quad;
 use crate::formats::tile::TILE_ROWS;
 use crate::math::silu;
+use crate::operand::Operand;
 use crate::rope::rotate;
 use crate::step::Step;
 use core::ptr;
@@ -62,11 +63,24 @@ pub trait Epilogue: Copy {
     /// its fields say.
     unsafe fn prepare(&self, quad: Quad, matrix: MatrixRef) -> Self::Prepared;
 
-    /// Finishes the quad, given the products of its four rows.
+    /// Finishes the quad, given the products of its four rows. Gives the sum of the squares of what it has made of them, where
+    /// [`squares`](Self::squares) wants it.
     ///
     /// # Safety
     /// As [`prepare`](Self::prepare); no other thread finishes the quad.
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: Self::Prepared);
+    unsafe fn finish(
+        &self,
+        quad: Quad,
+        matrix: MatrixRef,
+        sums: [f32; TILE_ROWS],
+        prepared: Self::Prepared,
+    ) -> f32;
+
+    /// Where each block leaves its sum of squares; null where nobody wants them.
+    #[inline(always)]
+    fn squares(&self) -> *mut f32 {
+        ptr::null_mut()
+    }
 }
 
 /// Stores the product: `y = W x`, rows in natural order.
@@ -110,28 +124,57 @@ impl Epilogue for Store {
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) -> f32 {
         // SAFETY: the caller's promise.
-        unsafe { store(self.y, quad, matrix.n_rows, sums) }
+        unsafe { store(self.y, quad, matrix.n_rows, sums) };
+        0.0
     }
 }
 
-/// Adds the product: `y += W x`, rows in natural order.
+/// Adds the product: `y += W x`, rows in natural order; and leaves `y` as the next product reads it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Add {
     /// `[n_rows]`, at a multiple of 16 bytes and readable up to one.
     pub y: *mut f32,
+    /// Of `n_rows` columns, or nothing.
+    pub operand: Operand,
+}
+
+/// What a quad needs besides the products: what they are added to, and the factors of the norm to come.
+#[derive(Clone, Copy, Default)]
+pub struct AddPrepared {
+    y: [f32; TILE_ROWS],
+    gamma: [f32; TILE_ROWS],
+}
+
+impl Prepared for AddPrepared {
+    const WORDS: u32 = 8;
+
+    #[inline(always)]
+    fn store(self, memory: DynamicShared<u32>, at: usize) {
+        self.y.store(memory, at);
+        self.gamma.store(memory, at + 4);
+    }
+
+    #[inline(always)]
+    fn load(memory: DynamicShared<u32>, at: usize) -> Self {
+        Self { y: <[f32; 4]>::load(memory, at), gamma: <[f32; 4]>::load(memory, at + 4) }
+    }
 }
 
 impl Epilogue for Add {
     const NORMALISES: bool = false;
-    type Prepared = [f32; TILE_ROWS];
+    type Prepared = AddPrepared;
 
     #[inline(always)]
-    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> [f32; TILE_ROWS] {
-        // SAFETY: the quad starts inside `y`.
-        unsafe { ld_global_u32x4(self.y.add(quad.number as usize * TILE_ROWS).cast()).map(f32::from_bits) }
+    unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> AddPrepared {
+        let four = |from: *const f32| {
+            // SAFETY: the quad starts inside the vectors.
+            unsafe { ld_global_u32x4(from.add(quad.number as usize * TILE_ROWS).cast()).map(f32::from_bits) }
+        };
+        let gamma = if self.operand.gamma.is_null() { [1.0; TILE_ROWS] } else { four(self.operand.gamma) };
+        AddPrepared { y: four(self.y), gamma }
     }
 
     #[inline(always)]
@@ -140,10 +183,28 @@ impl Epilogue for Add {
         quad: Quad,
         matrix: MatrixRef,
         [s0, s1, s2, s3]: [f32; TILE_ROWS],
-        [y0, y1, y2, y3]: [f32; TILE_ROWS],
-    ) {
+        AddPrepared { y: [y0, y1, y2, y3], gamma: [g0, g1, g2, g3] }: AddPrepared,
+    ) -> f32 {
+        let [v0, v1, v2, v3] = [y0 + s0, y1 + s1, y2 + s2, y3 + s3];
+        let first = quad.number * TILE_ROWS as u32;
+        // Rows beyond the last one are none of the vector's.
+        let keep = |i: u32, value: f32| if first + i < matrix.n_rows { value } else { 0.0 };
+        let [v1, v2, v3] = [keep(1, v1), keep(2, v2), keep(3, v3)];
         // SAFETY: the caller's promise.
-        unsafe { store(self.y, quad, matrix.n_rows, [y0 + s0, y1 + s1, y2 + s2, y3 + s3]) }
+        unsafe {
+            store(self.y, quad, matrix.n_rows, [v0, v1, v2, v3]);
+            if !self.operand.words.is_null() {
+                let scaled = |value: f32, gamma: f32| if value == 0.0 { 0.0 } else { value * gamma };
+                let values = [scaled(v0, g0), scaled(v1, g1), scaled(v2, g2), scaled(v3, g3)];
+                self.operand.store_4(first as usize, values);
+            }
+        }
+        (v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3)
+    }
+
+    #[inline(always)]
+    fn squares(&self) -> *mut f32 {
+        self.operand.squares
     }
 }
 
@@ -165,7 +226,7 @@ impl Epilogue for StoreOrdered {
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) {
+    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) -> f32 {
         let store = |i: usize, sum: f32| {
             let place = quad.number as usize * TILE_ROWS + i;
             if place < matrix.n_rows as usize {
@@ -182,15 +243,18 @@ impl Epilogue for StoreOrdered {
         store(1, s1);
         store(2, s2);
         store(3, s3);
+        0.0
     }
 }
 
-/// `silu(gate) * up`, of a matrix whose quads hold two rows of each.
+/// `silu(gate) * up`, of a matrix whose quads hold two rows of each; and the same as the next product reads it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Swiglu {
     /// `[n_rows / 2]`.
     pub y: *mut f32,
+    /// Of `n_rows / 2` columns, or nothing.
+    pub operand: Operand,
 }
 
 impl Epilogue for Swiglu {
@@ -207,12 +271,18 @@ impl Epilogue for Swiglu {
         _matrix: MatrixRef,
         [gate0, gate1, up0, up1]: [f32; TILE_ROWS],
         (): (),
-    ) {
+    ) -> f32 {
+        let values = [silu(gate0) * up0, silu(gate1) * up1];
+        let first = 2 * quad.number as usize;
         // SAFETY: the quad's two gates are inside `y`, which is even.
         unsafe {
-            *self.y.add(2 * quad.number as usize) = silu(gate0) * up0;
-            *self.y.add(2 * quad.number as usize + 1) = silu(gate1) * up1;
+            *self.y.add(first) = values[0];
+            *self.y.add(first + 1) = values[1];
+            if !self.operand.words.is_null() {
+                self.operand.store_2(first, values);
+            }
         }
+        0.0
     }
 }
 
@@ -370,7 +440,13 @@ impl Epilogue for Qkv {
     }
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, _matrix: MatrixRef, sums: [f32; TILE_ROWS], prepared: QkvPrepared) {
+    unsafe fn finish(
+        &self,
+        quad: Quad,
+        _matrix: MatrixRef,
+        sums: [f32; TILE_ROWS],
+        prepared: QkvPrepared,
+    ) -> f32 {
         let QkvPrepared { bias, rotation: [pair0, pair1], position } = prepared;
         let Rows { head, rows: [r0, r1, r2, r3], .. } = self.rows(quad);
         let [a0, b0] = rotate([sums[0] + bias[0], sums[1] + bias[1]], pair0);
@@ -393,5 +469,6 @@ impl Epilogue for Qkv {
                 *cache.add(r3 as usize) = f16::from_bits(f32_to_f16(b1));
             }
         }
+        0.0
     }
 }

@@ -1,38 +1,45 @@
 //! Matrix-vector products with quantized weights, and what surrounds them in a layer.
 //!
-//! Every one of these kernels goes the same way, [`run`]: start streaming the matrix ([`stream`]), wait for the kernel
-//! before, put the vector into shared memory, normalised and quantized ([`input`]), multiply, and let one thread
-//! finish each four rows ([`epilogue`]). They differ in what finishing means. Weights are on their way before the
-//! kernel before has ended, since they depend on nothing: between two products memory never idles.
+//! Every one of these kernels goes the same way, [`run`]: one warp asks for the block's [band](band) of the matrix, the others
+//! wait for the kernel before, take the vector ([`input`]) and multiply, and one thread finishes each four rows ([`epilogue`]).
+//! They differ in what finishing means. Bands are small, and several blocks share a multiprocessor: while one multiplies, the
+//! others' weights are on their way, and where a kernel has no more blocks to start, those of the next one take their places.
+//! Weights depend on nothing, so these ask for theirs at once, and memory does not idle between two products. Which
+//! multiprocessor takes how many bands is a matter of how fast it is.
 //!
 //! Bytes moved: the matrix once, plus the vector once per block, from the L2 cache.
 
+pub mod band;
 pub mod epilogue;
 pub mod input;
-pub mod stream;
 
 use crate::activations::{Activations, F32Vector, Q8_1};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, WeightFormat};
 use crate::rows::RowOrder;
+use band::Band;
 use core::marker::PhantomData;
+use core::ops::Range;
 use cuda_std::float::{mul_add, rsqrt};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::launch::Kernel;
-use cuda_std::pipeline::WarpCopies;
+use cuda_std::pipeline::PacedCopy;
 use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add_4};
+use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use input::Input;
-use stream::{Deal, Share, Stream};
 
-/// Most warps in a block, whatever the activations.
-const MAX_WARPS: u32 = 12;
-/// Words of shared memory for the warps' sums of squares.
-const SQUARES_WORDS: u32 = MAX_WARPS;
+/// Warps that a multiprocessor has registers for, of kernels for one format; no block has more.
+pub const WARPS: u32 = 20;
+/// Most warps in a block of the kernels for any format.
+pub const ANY_WARPS: u32 = 8;
+/// Most quads in a band: a lane of the first warp finishes each.
+pub const MAX_QUADS: u32 = WARP_SIZE;
+/// Words of shared memory for sums of squares, one for each warp.
+const SQUARES_WORDS: u32 = WARPS.next_multiple_of(4);
 
 /// A packed matrix, as a launch passes it.
 #[repr(C)]
@@ -56,52 +63,49 @@ pub struct MatrixRef {
     pub order: RowOrder,
 }
 
-/// How the work is dealt out and where things lie in shared memory, chosen by the launcher.
+/// How the quads of a matrix are dealt out to blocks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shares {
+    /// Blocks that take them.
+    pub blocks: u32,
+    /// Quads of each.
+    pub quads: u32,
+    /// The first so many have one more.
+    pub blocks_with_more: u32,
+}
+
+/// How the work is dealt out, chosen by the launcher.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
-    /// Quads that each block has to finish.
-    pub turns: u32,
-    /// The first so many blocks have a quad more.
-    pub blocks_with_more: u32,
-    /// Tiles of a quad whose part of the vector fits into shared memory at once: all, unless the activations come in
-    /// slabs.
+    /// How the quads of each matrix are dealt out.
+    pub shares: [Shares; 3],
+    /// Quads of the largest band, at most [`MAX_QUADS`].
+    pub quads: u32,
+    /// Warps that share the tiles of a quad, no more than these are; the block has a multiple of as many.
+    pub tile_warps: u32,
+    /// Tiles of a quad that are in shared memory at once: all, unless a band of one quad is too long.
     pub slab_tiles: u32,
-    /// Tiles that a warp has in shared memory or on their way, at most 32.
-    pub stages: u32,
-    /// Words of shared memory for a tile.
-    pub stage_words: u32,
+    /// Words of shared memory for the weights.
+    pub weight_words: u32,
+    /// Warps that multiply: a multiple of `tile_warps`. One more copies, where the block has one.
+    pub warps: u32,
+    /// Pieces of weights ([`PacedCopy`]) that a block has on their way at a time.
+    pub window: u32,
 }
 
 impl Schedule {
-    /// Words of shared memory that the vector takes, with `unit_words` to a unit.
+    /// Words of shared memory for a band's sums, tile by tile.
     #[inline(always)]
-    pub fn vector_words(self, unit_words: u32) -> u32 {
-        self.slab_tiles * TILE_UNITS as u32 * unit_words
+    pub fn sums_words(self, n_tiles: u32) -> u32 {
+        self.quads * n_tiles * TILE_ROWS as u32
     }
 
-    /// Words of shared memory for the sums of a block's quads, of each warp that shares one: from one place to the next
-    /// it is another quad, another warp, or both.
-    #[inline(always)]
-    pub fn sums_words(self, n_warps: u32) -> u32 {
-        (self.turns + 1 + n_warps) * TILE_ROWS as u32
-    }
-
-    /// Words of shared memory for what is known of each quad beforehand: which warps share it, and the `prepared_words`
-    /// words that its epilogue needs.
-    #[inline(always)]
-    pub fn prepared_words(self, prepared_words: u32) -> u32 {
-        (self.turns + 1).next_multiple_of(4) + (self.turns + 1) * prepared_words
-    }
-
-    /// Words of shared memory in all, for `n_warps` warps, `unit_words` words of the vector to a unit, and
-    /// `prepared_words` words that the epilogue prepares.
-    pub fn shared_words(self, n_warps: u32, unit_words: u32, prepared_words: u32) -> u32 {
-        self.vector_words(unit_words)
-            + SQUARES_WORDS
-            + self.sums_words(n_warps)
-            + self.prepared_words(prepared_words)
-            + n_warps * WarpCopies::words(self.stages, self.stage_words)
+    /// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared.
+    pub fn shared_words(self, n_tiles: u32, prepared_words: u32) -> u32 {
+        let fixed = self.weight_words + PacedCopy::barrier_words(4 * self.weight_words) + SQUARES_WORDS;
+        fixed + self.sums_words(n_tiles) + self.quads * prepared_words
     }
 }
 
@@ -116,6 +120,11 @@ kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 
 /// How the products of a tile are made.
 pub trait Dots {
+    /// Whether a quad may be too long for shared memory, and is then taken in slabs.
+    const IN_SLABS: bool;
+    /// Whether two quads are multiplied at a time.
+    const IN_PAIRS: bool;
+
     /// `sums` plus the products of the tile's four rows with the vector's unit of this lane.
     fn dots<X: Activations>(
         format: u32,
@@ -131,6 +140,9 @@ pub trait Dots {
 pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
+    const IN_SLABS: bool = false;
+    const IN_PAIRS: bool = F::IN_PAIRS;
+
     #[inline(always)]
     fn dots<X: Activations>(
         _: u32,
@@ -154,6 +166,9 @@ impl<F: WeightFormat> Dots for One<F> {
 pub struct Either<F, G>(PhantomData<(F, G)>);
 
 impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
+    const IN_SLABS: bool = false;
+    const IN_PAIRS: bool = true;
+
     #[inline(always)]
     fn dots<X: Activations>(
         format: u32,
@@ -175,6 +190,9 @@ impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
 pub struct Any;
 
 impl Dots for Any {
+    const IN_SLABS: bool = true;
+    const IN_PAIRS: bool = false;
+
     #[inline(always)]
     fn dots<X: Activations>(
         format: u32,
@@ -209,54 +227,160 @@ impl Dots for Any {
     }
 }
 
-/// The warp's part of the work on the slab of the vector that starts at tile `slab`: leaves its sums of each quad at
-/// word `sums_at` and on, added to what is there unless the slab is the first.
-///
-/// # Safety
-/// As [`run`].
+/// Quad `quad`'s sums, which are there tile by tile and quad by quad from word `sums_at` on, added up.
 #[inline(always)]
-unsafe fn multiply<X: Activations, D: Dots, const N: usize>(
-    stream: &mut Stream<N>,
-    deal: Deal<N>,
-    share: Share,
-    memory: DynamicShared<u32>,
-    sums_at: u32,
-    slab: u32,
-    n_units: u32,
-) {
-    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
-    let mut walk = share.walk(warp, slab);
+fn sum_up(memory: DynamicShared<u32>, sums_at: u32, quad: u32, n_tiles: u32) -> [f32; TILE_ROWS] {
+    let of_tile = |tile: u32| {
+        let at = sums_at + (quad * n_tiles + tile.min(n_tiles - 1)) * TILE_ROWS as u32;
+        let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
+        if tile < n_tiles { [s0, s1, s2, s3] } else { [0.0; TILE_ROWS] }
+    };
+    let add = |[a0, a1, a2, a3]: [f32; TILE_ROWS], [b0, b1, b2, b3]: [f32; TILE_ROWS]| {
+        [a0 + b0, a1 + b1, a2 + b2, a3 + b3]
+    };
     let mut sums = [0.0f32; TILE_ROWS];
-    while walk.left > 0 {
-        let source = stream.next_tile();
-        let tile_units = (n_units - walk.tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-        if lane < tile_units {
-            // The slab's part of the vector starts at the start of the memory.
-            let x = X::load(memory, (walk.tile - slab) as usize, lane as usize);
-            let format = deal.matrix(deal.quad(walk.turn).part).format;
-            sums = D::dots::<X>(format, source, tile_units as usize, lane as usize, &x, sums);
-        }
-        let turn = walk.turn;
-        // All lanes meet here after their last read of the tile: its place is free.
-        if !walk.advance() && walk.left > 0 {
-            sync_warp(FULL_MASK);
-        } else {
-            let mut sum = warp_reduce_add_4(sums);
-            if lane.is_multiple_of(8) {
-                let at = (sums_at + (turn + warp) * TILE_ROWS as u32 + lane / 8) as usize;
-                if X::IN_SLABS && slab > 0 {
-                    sum += f32::from_bits(memory.get(at));
-                }
-                memory.set(at, sum.to_bits());
-            }
-            sums = [0.0; TILE_ROWS];
-        }
-        // SAFETY: the matrices are as they say.
-        unsafe { stream.refill() };
+    let mut tile = 0;
+    while tile < n_tiles {
+        // Four on their way at once.
+        let (a, b, c, d) = (of_tile(tile), of_tile(tile + 1), of_tile(tile + 2), of_tile(tile + 3));
+        sums = add(sums, add(add(a, b), add(c, d)));
+        tile += 4;
+    }
+    sums
+}
+
+/// Leaves the sum of this warp's squares at its word from `at` on, zeros for warps that are not there up to a multiple of four.
+#[inline(always)]
+fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32, n_warps: u32) {
+    let sum = warp_reduce_add(FULL_MASK, square_sum, WARP_SIZE);
+    let thread = thread_idx_x();
+    if thread.is_multiple_of(WARP_SIZE) {
+        memory.set((at + thread / WARP_SIZE) as usize, sum.to_bits());
+    }
+    if thread < n_warps.wrapping_neg() % 4 {
+        memory.set((at + n_warps + thread) as usize, 0);
     }
 }
 
-/// Multiplies `matrices`, one below the other, with the vector, and finishes every quad.
+/// What a warp multiplies.
+#[derive(Clone, Copy)]
+struct Work {
+    memory: DynamicShared<u32>,
+    copy: PacedCopy,
+    /// Which of the copies brings the tiles.
+    round: u32,
+    input: Input,
+    schedule: Schedule,
+    matrix: MatrixRef,
+    band: Band,
+    /// The word at which the band's sums start.
+    sums_at: u32,
+}
+
+impl Work {
+    /// Leaves the sums of this warp's share of tiles `tiles` of the band's quads. With an epilogue it leaves at the two words
+    /// what that needs besides: the warp's part of the sum of the vector's squares, and what is prepared for each quad.
+    ///
+    /// # Safety
+    /// As [`run`].
+    #[inline(always)]
+    unsafe fn multiply<X: Activations, D: Dots, E: Epilogue>(
+        self,
+        tiles: Range<u32>,
+        epilogue: Option<(E, [u32; 2])>,
+    ) {
+        let Self { memory, copy, round, input, schedule, matrix, band, sums_at } = self;
+        let (thread, lane) = (thread_idx_x(), lane_id());
+        let (warp, quad_warps) = (thread / WARP_SIZE, schedule.warps / schedule.tile_warps);
+        let (first_quad, first_tile) = (warp / schedule.tile_warps, tiles.start + warp % schedule.tile_warps);
+        let n_units = input.n_units();
+        let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
+        let units_of = |tile: u32| (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
+        // Lanes without a unit take another one's: it meets no weights.
+        // SAFETY: the unit is inside the vector; the input keeps its contract.
+        let fetch = |tile: u32| unsafe { X::fetch(&input, tile, lane.min(units_of(tile) - 1)) };
+
+        // The vector, and what finishing needs besides the sums, on their way at once.
+        let mut fetched = fetch(first_tile.min(n_tiles - 1));
+        let (mut square_sum, mut prepared) = (0.0, E::Prepared::default());
+        if let Some((epilogue, _)) = epilogue {
+            if E::NORMALISES {
+                // SAFETY: the input keeps its contract.
+                square_sum = unsafe { input.squares(schedule.warps * WARP_SIZE) };
+            }
+            if thread < band.n_quads {
+                // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
+                prepared = unsafe { epilogue.prepare(band.quad(thread), matrix) };
+            }
+        }
+        if let Some((_, [squares_at, prepared_at])) = epilogue {
+            // It is there when the vector is, and needs no registers from now on. (Not in the block above: the compiler would
+            // write out the code after it twice.)
+            if E::NORMALISES {
+                store_squares(memory, squares_at, square_sum, schedule.warps);
+            }
+            if thread < band.n_quads {
+                prepared.store(memory, (prepared_at + thread * E::Prepared::WORDS) as usize);
+            }
+        }
+        let mut tile = first_tile;
+        while tile < tiles.end {
+            let x = X::unit(&input, fetched);
+            if tile + schedule.tile_warps < tiles.end {
+                fetched = fetch(tile + schedule.tile_warps);
+            }
+            let n_tile_units = units_of(tile);
+            let source = |quad: u32| {
+                let start = quad * matrix.quad_bytes + (tile - tiles.start) * matrix.tile_bytes;
+                let bytes = if tile + 1 == n_tiles { matrix.last_tile_bytes } else { matrix.tile_bytes };
+                copy.wait(round, start, start + bytes);
+                SharedTile { memory, start: start as usize / 4 }
+            };
+            let dots = |source: SharedTile| {
+                D::dots::<X>(
+                    matrix.format,
+                    source,
+                    n_tile_units as usize,
+                    lane as usize,
+                    &x,
+                    [0.0; TILE_ROWS],
+                )
+            };
+            let store = |quad: u32, sum: f32| {
+                if lane.is_multiple_of(8) {
+                    let at = sums_at + (quad * n_tiles + tile) * TILE_ROWS as u32 + lane / 8;
+                    memory.set(at as usize, sum.to_bits());
+                }
+            };
+            let has_unit = lane < n_tile_units;
+            let mut quad = first_quad;
+            // Two at a time: one's instructions need not wait for what the other's give.
+            while D::IN_PAIRS && quad + quad_warps < band.n_quads {
+                let (near, far) = (source(quad), source(quad + quad_warps));
+                let (mut near_sums, mut far_sums) = ([0.0f32; TILE_ROWS], [0.0f32; TILE_ROWS]);
+                if has_unit {
+                    (near_sums, far_sums) = (dots(near), dots(far));
+                }
+                let (near_sum, far_sum) = (warp_reduce_add_4(near_sums), warp_reduce_add_4(far_sums));
+                store(quad, near_sum);
+                store(quad + quad_warps, far_sum);
+                quad += 2 * quad_warps;
+            }
+            while quad < band.n_quads {
+                let source = source(quad);
+                let mut sums = [0.0f32; TILE_ROWS];
+                if has_unit {
+                    sums = dots(source);
+                }
+                store(quad, warp_reduce_add_4(sums));
+                quad += quad_warps;
+            }
+            tile += schedule.tile_warps;
+        }
+    }
+}
+
+/// Multiplies one of `matrices`, which lie one below the other, with the vector, and finishes its quads: those of this block.
 ///
 /// # Safety
 /// The matrices are as their fields say, all of `input.n` columns; the input and the epilogue keep their contracts;
@@ -268,98 +392,87 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     schedule: Schedule,
     epilogue: E,
 ) {
-    let (thread, n_warps) = (thread_idx_x(), block_dim_x() / WARP_SIZE);
-    let warp = thread / WARP_SIZE;
-    let deal = Deal::new(matrices, schedule);
+    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
+    let n_warps = block_dim_x() / WARP_SIZE;
+    let (is_copier, multiplies) = (warp == n_warps - 1, warp < schedule.warps);
+    let (matrix, band) = Band::of_block(matrices, schedule);
     let n_units = input.n_units();
     let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
-    let slab_tiles = if X::IN_SLABS { schedule.slab_tiles } else { n_tiles };
-    let share = Share::new(n_warps, deal.turns, slab_tiles, n_tiles);
 
+    let slab_tiles = if D::IN_SLABS { schedule.slab_tiles } else { n_tiles };
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
-    let squares = schedule.vector_words(X::UNIT_WORDS as u32);
-    let sums_at = squares + SQUARES_WORDS;
-    let ring_words = WarpCopies::words(schedule.stages, schedule.stage_words);
-    let warps_at = sums_at + schedule.sums_words(n_warps);
-    let prepared_at = warps_at + (schedule.turns + 1).next_multiple_of(4);
-    let ring = warps_at + schedule.prepared_words(E::Prepared::WORDS) + warp * ring_words;
-    let mut stream = Stream::new(deal, share, warp, memory, ring, schedule, X::IN_SLABS);
-    // SAFETY: the matrices are as they say.
-    unsafe { stream.fill() };
-
+    let barrier = schedule.weight_words;
+    let squares_at = barrier + PacedCopy::barrier_words(4 * schedule.weight_words);
+    let sums_at = squares_at + SQUARES_WORDS;
+    let prepared_at = sums_at + schedule.sums_words(n_tiles);
+    let copy = PacedCopy::new(memory, barrier, 4 * schedule.weight_words);
+    let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
+    // The band's bytes, or a slab's of its only quad.
+    let copy_slab = |round: u32, slab: u32| {
+        if is_copier {
+            let start = slab * matrix.tile_bytes;
+            let end = (start + slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
+            let bytes = if D::IN_SLABS && slab_tiles < n_tiles {
+                end - start
+            } else {
+                band.n_quads * matrix.quad_bytes
+            };
+            // SAFETY: the bytes are the matrix's, and fit the room for weights.
+            unsafe { copy.run(round, 0, from.wrapping_add(start as usize), bytes, schedule.window) };
+        }
+    };
     let_next_start();
-    // Whose sums make up a quad takes divisions to know: found out now, by the thread that will need it.
-    let mut turn = thread;
-    while turn < deal.turns {
-        memory.set((warps_at + turn) as usize, share.warps_of(turn));
-        turn += block_dim_x();
-    }
-    wait_for_previous();
-
-    // What finishing needs besides the sums, on its way beside the vector.
-    let prepared_place = |turn: u32| (prepared_at + turn * E::Prepared::WORDS) as usize;
-    let mut prepared = E::Prepared::default();
-    if thread < deal.turns {
-        let quad = deal.quad(thread);
-        // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
-        prepared = unsafe { epilogue.prepare(quad, deal.matrix(quad.part)) };
-    }
-    let mut square_sum = 0.0;
-    let mut slab = 0;
-    while slab < n_tiles {
-        if slab > 0 {
-            // The part of the vector before this one may still be read.
-            sync_threads();
-            // SAFETY: the matrices are as they say.
-            unsafe { stream.begin_slab(warp, slab) };
+    let (mut slab, mut round) = (0, 0);
+    loop {
+        copy_slab(round, slab);
+        let slab_end = (slab + slab_tiles).min(n_tiles);
+        if multiplies {
+            let work = Work { memory, copy, round, input, schedule, matrix, band, sums_at };
+            if slab == 0 {
+                wait_for_previous();
+            }
+            let finishing = (slab == 0).then_some((epilogue, [squares_at, prepared_at]));
+            // SAFETY: the caller's promise.
+            unsafe { work.multiply::<X, D, E>(slab..slab_end, finishing) };
         }
-        let first_unit = slab * TILE_UNITS as u32;
-        let slab_units = (share.slab_tiles * TILE_UNITS as u32).min(n_units - first_unit);
-        // SAFETY: the units are inside the vector; the input keeps its contract.
-        square_sum += unsafe { input.load::<X>(memory, first_unit, slab_units, E::NORMALISES) };
-        if E::NORMALISES && input.is_normalised() {
-            input::store_squares(memory, squares, square_sum);
-        }
-        if slab == 0 && thread < deal.turns {
-            prepared.store(memory, prepared_place(thread));
-        }
+        // All have read the slab, and left its sums.
         sync_threads();
-
-        // SAFETY: the caller's promise.
-        unsafe { multiply::<X, D, N>(&mut stream, deal, share, memory, sums_at, slab, n_units) };
-        if !X::IN_SLABS {
+        slab = slab_end;
+        if !D::IN_SLABS || slab == n_tiles {
             break;
         }
-        slab += share.slab_tiles;
+        round += 1;
     }
-    sync_threads();
 
-    // This is `thread`, told otherwise: the comparison above would be kept for this one, in a register that is missing then.
-    let mut turn = warp * WARP_SIZE + lane_id();
-    while turn < deal.turns {
-        let quad = deal.quad(turn);
-        let matrix = deal.matrix(quad.part);
-        let warps = memory.get((warps_at + turn) as usize);
-        let mut sums = [0.0f32; TILE_ROWS];
-        for warp in (warps & 0xffff)..=(warps >> 16) {
-            let at = sums_at + (turn + warp) * TILE_ROWS as u32;
-            let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
-            sums = [sums[0] + s0, sums[1] + s1, sums[2] + s2, sums[3] + s3];
-        }
+    // The first warp's lanes finish a quad each.
+    if warp > 0 {
+        return;
+    }
+    let mut made = 0.0;
+    if lane < band.n_quads {
+        let mut sums = sum_up(memory, sums_at, lane, n_tiles);
         if E::NORMALISES && input.is_normalised() {
-            let factor = rsqrt(mul_add(input::load_squares(memory, squares), input.per_n, input.eps));
+            let mut square_sum = 0.0;
+            for warps in 0..schedule.warps.div_ceil(4) {
+                let [a, b, c, d] = memory.get4((squares_at + 4 * warps) as usize).map(f32::from_bits);
+                square_sum += (a + b) + (c + d);
+            }
+            let factor = rsqrt(mul_add(square_sum, input.per_n, input.eps));
             sums = sums.map(|sum| sum * factor);
         }
         // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
-        unsafe {
-            let prepared = if turn == thread {
-                E::Prepared::load(memory, prepared_place(turn))
-            } else {
-                epilogue.prepare(quad, matrix)
-            };
-            epilogue.finish(quad, matrix, sums, prepared);
+        made = unsafe {
+            let prepared = E::Prepared::load(memory, (prepared_at + lane * E::Prepared::WORDS) as usize);
+            epilogue.finish(band.quad(lane), matrix, sums, prepared)
+        };
+    }
+    let squares = epilogue.squares();
+    if !squares.is_null() {
+        let sum = warp_reduce_add(FULL_MASK, made, WARP_SIZE);
+        if lane == 0 {
+            // SAFETY: the block's own sum, by the epilogue's contract.
+            unsafe { *squares.add(block_idx_x() as usize) = sum };
         }
-        turn += block_dim_x();
     }
 }
 
@@ -380,8 +493,8 @@ macro_rules! define_kernels {
         /// - `output`: `y`
         ///
         /// # Thread mapping
-        /// A block takes a run of quads, each of its warps a run of their tiles, a lane one unit of four rows; one
-        /// thread finishes a quad. Blocks of whole warps, at most as many threads as the launch bound says.
+        /// A block takes a band of quads, each of its warps some tiles of some of them, a lane one unit of four rows; one
+        /// thread finishes a quad. Blocks of as many warps as the schedule says, and one more where that copies.
         #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
@@ -469,8 +582,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
-            define_qkv!($module, 384, 2, Q8_1, One<crate::formats::$Type>);
+            define_kernels!($module, 640, 1, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 640, 1, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -479,21 +592,21 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, 384, 2, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 640, 1, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
-/// Q8_1 activations, weights of any format: too much in one kernel for two blocks' registers.
+/// Q8_1 activations, weights of any format, and quads of any length: much in one kernel.
 pub mod mixed {
     use super::*;
-    define_kernels!(mixed, 384, 1, Q8_1, Any);
-    define_qkv!(mixed, 384, 1, Q8_1, Any);
+    define_kernels!(mixed, 256, 1, Q8_1, Any);
+    define_qkv!(mixed, 256, 1, Q8_1, Any);
 }
 
-/// f32 activations, weights of any format.
+/// f32 activations, weights of any format, and quads of any length.
 pub mod exact {
     use super::*;
-    define_kernels!(exact, 256, 2, F32Vector, Any);
-    define_qkv!(exact, 256, 2, F32Vector, Any);
+    define_kernels!(exact, 256, 1, F32Vector, Any);
+    define_qkv!(exact, 256, 1, F32Vector, Any);
 }
 
 macro_rules! define_ordered {
@@ -521,7 +634,7 @@ macro_rules! define_ordered {
     )*};
 }
 define_ordered! {
-    (ordered, 384, Q8_1)
+    (ordered, 256, Q8_1)
     (ordered_exact, 256, F32Vector)
 }
 
@@ -537,15 +650,15 @@ pub struct Kernels {
     pub gemv_swiglu: &'static Kernel<(MatrixRef, Input, Schedule, Swiglu)>,
 }
 
-/// The kernels for Q8_1 activations and weights of a format.
+/// The kernels for Q8_1 activations and weights of a format that has its own: else there are those of [`mixed`].
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn kernels(format: Format) -> Kernels {
+pub fn own_kernels(format: Format) -> Option<Kernels> {
     match format {
-        Format::Q8_0 => q8_0::KERNELS,
-        Format::Q4_1 => q4_1::KERNELS,
-        Format::Q4_K => q4_k::KERNELS,
-        Format::Q6_K => q6_k::KERNELS,
-        Format::F16 | Format::F32 => mixed::KERNELS,
+        Format::Q8_0 => Some(q8_0::KERNELS),
+        Format::Q4_1 => Some(q4_1::KERNELS),
+        Format::Q4_K => Some(q4_k::KERNELS),
+        Format::Q6_K => Some(q6_k::KERNELS),
+        Format::F16 | Format::F32 => None,
     }
 }
 
@@ -553,15 +666,17 @@ pub fn kernels(format: Format) -> Kernels {
 #[cfg(not(target_arch = "nvptx64"))]
 pub type QkvKernel = Kernel<(MatrixRef, MatrixRef, MatrixRef, Input, Schedule, Qkv)>;
 
-/// The kernel for Q8_1 activations and weights of these formats.
+/// The kernel for Q8_1 activations and weights of these formats, where there is one of their own.
 #[cfg(not(target_arch = "nvptx64"))]
-pub fn qkv_kernel(formats: [Format; 3]) -> &'static QkvKernel {
+pub fn own_qkv_kernel(formats: [Format; 3]) -> Option<&'static QkvKernel> {
     match formats {
-        [Format::Q8_0, Format::Q8_0, Format::Q8_0] => &q8_0::GEMV_QKV,
-        [Format::Q4_1, Format::Q4_1, Format::Q4_1] => &q4_1::GEMV_QKV,
-        [Format::Q4_K, Format::Q4_K, Format::Q4_K] => &q4_k::GEMV_QKV,
-        [Format::Q6_K, Format::Q6_K, Format::Q6_K] => &q6_k::GEMV_QKV,
-        _ if formats.iter().all(|format| matches!(format, Format::Q4_K | Format::Q6_K)) => &q4_k_m::GEMV_QKV,
-        _ => &mixed::GEMV_QKV,
+        [Format::Q8_0, Format::Q8_0, Format::Q8_0] => Some(&q8_0::GEMV_QKV),
+        [Format::Q4_1, Format::Q4_1, Format::Q4_1] => Some(&q4_1::GEMV_QKV),
+        [Format::Q4_K, Format::Q4_K, Format::Q4_K] => Some(&q4_k::GEMV_QKV),
+        [Format::Q6_K, Format::Q6_K, Format::Q6_K] => Some(&q6_k::GEMV_QKV),
+        _ if formats.iter().all(|format| matches!(format, Format::Q4_K | Format::Q6_K)) => {
+            Some(&q4_k_m::GEMV_QKV)
+        }
+        _ => None,
     }
 }

@@ -12,8 +12,8 @@ use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{
-    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvCache, KvStage, ManyOutput, Matrix, Norm,
-    Output, Panels, Q8_1Vector, QkvWeights,
+    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvCache, KvStage, ManyOutput, Matrix, Next, Norm,
+    Operand, Output, Panels, Q8_1Vector, QkvWeights,
 };
 use anyhow::{Context as _, Result, bail};
 use gpu_kernels::kv_cache::KvFormat;
@@ -52,6 +52,8 @@ pub struct FfnBuffers {
     pub(super) gate_up: Buffer<f32>,
     /// `hidden` in Q8_1, where that is a step of its own: `[n_ff]`.
     pub(super) hidden_q8: Q8_1Vector,
+    /// `hidden` of one token as the next product reads it: `[n_ff]`.
+    operand: Operand,
 }
 
 impl FfnBuffers {
@@ -59,11 +61,12 @@ impl FfnBuffers {
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn alloc(device: &Device, n_ff: usize) -> Result<Self> {
+    pub fn alloc(device: &Device, n_ff: usize, activations: Activations) -> Result<Self> {
         Ok(Self {
             hidden: device.alloc(n_ff)?,
             gate_up: device.alloc(2 * n_ff)?,
             hidden_q8: Q8_1Vector::alloc(device, n_ff)?,
+            operand: Operand::alloc(device, n_ff, activations == Activations::F32)?,
         })
     }
 }
@@ -78,10 +81,14 @@ pub struct Buffers {
     pub rotation: Buffer<[f32; 2]>,
     /// The hidden state, which every layer adds to: `[n_tokens, n_embd]`.
     pub x: Buffer<f32>,
+    /// That of one token, of many the last one, as the next product reads it: `[n_embd]`.
+    pub x_operand: Operand,
     /// Queries: `[n_tokens, n_head, head_dim]`.
     pub(super) q: Buffer<f32>,
     /// Attention's heads: `[n_tokens, n_head, head_dim]`.
     pub(super) heads: Buffer<f32>,
+    /// Those of one token as the next product reads them: `[n_head * head_dim]`.
+    heads_operand: Operand,
     /// Scratch of the feed-forward network.
     pub(super) ffn: FfnBuffers,
     /// Inputs of products for many tokens, of at most the largest of `n_embd`, `n_head * head_dim` and `n_ff` columns.
@@ -112,16 +119,19 @@ impl Buffers {
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn alloc(device: &Device, config: &Config, kv_format: KvFormat) -> Result<Self> {
+    pub fn alloc(device: &Device, config: &Config, settings: &Settings) -> Result<Self> {
         let n_q = config.n_head * config.head_dim;
+        let is_exact = settings.activations == Activations::F32;
         Ok(Self {
-            stage: stage(device, config, kv_format, 1)?,
+            stage: stage(device, config, settings.kv_format, 1)?,
             steps: device.alloc_from(&[Step::default()])?,
             rotation: device.alloc(config.rope.n_rot / 2)?,
             x: device.alloc(config.n_embd)?,
+            x_operand: Operand::alloc(device, config.n_embd, is_exact)?,
             q: device.alloc(n_q)?,
             heads: device.alloc(n_q)?,
-            ffn: FfnBuffers::alloc(device, config.n_ff)?,
+            heads_operand: Operand::alloc(device, n_q, is_exact)?,
+            ffn: FfnBuffers::alloc(device, config.n_ff, settings.activations)?,
             panels: None,
             attention: AttentionWorkspace::alloc(device, config.n_head, config.n_head_kv, config.head_dim)?,
             unfused: Some(unfused::Buffers::alloc(device, config)?),
@@ -141,18 +151,22 @@ impl Buffers {
     ) -> Result<Self> {
         let n_q = config.n_head * config.head_dim;
         let (n_ff, widest) = (stride(config.n_ff), config.n_embd.max(n_q).max(config.n_ff));
+        let is_exact = settings.activations == Activations::F32;
         Ok(Self {
             steps: device.alloc(n_tokens)?,
             rotation: device.alloc(n_tokens * config.rope.n_rot / 2)?,
             x: device.alloc(n_tokens * stride(config.n_embd))?,
+            x_operand: Operand::alloc(device, config.n_embd, is_exact)?,
             q: device.alloc(n_tokens * n_q)?,
             heads: device.alloc(n_tokens * n_q)?,
+            heads_operand: Operand::alloc(device, 0, is_exact)?,
             ffn: FfnBuffers {
                 hidden: device.alloc(n_tokens * n_ff)?,
                 gate_up: device.alloc(if gate_up { n_tokens * n_ff } else { 0 })?,
                 hidden_q8: Q8_1Vector::alloc(device, 0)?,
+                operand: Operand::alloc(device, 0, is_exact)?,
             },
-            panels: Some(Panels::alloc(device, n_tokens, widest, settings.activations == Activations::F32)?),
+            panels: Some(Panels::alloc(device, n_tokens, widest, is_exact)?),
             stage: stage(device, config, settings.kv_format, n_tokens)?,
             attention: AttentionWorkspace::alloc(device, config.n_head, config.n_head_kv, config.head_dim)?,
             unfused: None,
@@ -174,11 +188,18 @@ pub(super) fn forward(
     probe: Probe,
 ) -> Result<(), Halt> {
     let (token_embd, rope) = (&weights.token_embd, &settings.rope);
-    ops::embed(device, token_embd, &b.steps, tokens.len(), rope, &mut b.x, &mut b.rotation)?;
+    // What follows each layer, and before them the embedding, is normalised with these.
+    let norm_of =
+        |layer: usize| weights.layers.get(layer).map_or(&weights.output_norm, |layer| &layer.attn_norm);
+    let next = match (tokens, settings.fusion) {
+        (Tokens::One, Fusion::Fused) => Some(Next { operand: &mut b.x_operand, gamma: Some(norm_of(0)) }),
+        _ => None,
+    };
+    ops::embed(device, token_embd, &b.steps, tokens.len(), rope, &mut b.x, &mut b.rotation, next)?;
     probe.after(Op::Embed, 0, device, &b.x)?;
 
     for (i, (weights, cache)) in weights.layers.iter().zip(caches).enumerate() {
-        layer(device, weights, settings, cache, b, tokens, i, probe)?;
+        layer(device, weights, norm_of(i + 1), settings, cache, b, tokens, i, probe)?;
     }
 
     if let Some(logits) = logits {
@@ -188,7 +209,11 @@ pub(super) fn forward(
         match settings.fusion {
             Fusion::Fused => {
                 let norm = Norm { gamma: &weights.output_norm, eps: settings.rms_eps };
-                let x = input(settings.activations, &x);
+                if let Tokens::Many(_) = tokens {
+                    let next = Next { operand: &mut b.x_operand, gamma: Some(&weights.output_norm) };
+                    ops::make_operand(device, &x, next)?;
+                }
+                let x = input(settings.activations, &x, &b.x_operand);
                 ops::gemv(device, weights.output(), x, Some(norm), Output::Set(logits))?;
             }
             Fusion::Unfused => {
@@ -219,7 +244,8 @@ pub(super) fn logits_of_many(
 }
 
 /// One layer: attention over its cache, then the feed-forward network, each added to the hidden state `b.x`. The
-/// steps' angles must be in `b.rotation`, where [`ops::embed`] leaves them.
+/// steps' angles must be in `b.rotation`, where [`ops::embed`] leaves them, and one token's hidden state in `b.x_operand` as
+/// well; the layer leaves it there for the norm `next_norm`.
 ///
 /// # Errors
 /// When a launch fails, or the probe stops the run after one of this layer's operations.
@@ -227,6 +253,7 @@ pub(super) fn logits_of_many(
 pub fn layer(
     device: &Device,
     weights: &Layer,
+    next_norm: &Buffer<f32>,
     settings: &Settings,
     cache: &mut KvCache,
     b: &mut Buffers,
@@ -244,7 +271,9 @@ pub fn layer(
     probe.after(Op::QRope, index, device, &b.q)?;
     match tokens {
         Tokens::One => {
-            ops::attention(device, &b.q, &*cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
+            let next = Next { operand: &mut b.heads_operand, gamma: None };
+            let (steps, workspace) = (&b.steps, &mut b.attention);
+            ops::attention(device, &b.q, &*cache, steps, attention, workspace, &mut b.heads, Some(next))?;
         }
         Tokens::Many(chunk) if activations == Activations::Q8_1 => {
             ops::prefill_attention(device, &b.q, &*cache, chunk, attention, &mut b.heads)?;
@@ -252,13 +281,23 @@ pub fn layer(
         Tokens::Many(chunk) => exact_attention(device, chunk, cache, attention, b)?,
     }
     probe.after(Op::Attention, index, device, &b.heads)?;
-    add(device, &weights.attn_output, activations, &b.heads, tokens, &mut b.x, b.panels.as_mut())?;
+    match tokens {
+        Tokens::One => {
+            let heads = input(activations, &b.heads, &b.heads_operand);
+            let next = Next { operand: &mut b.x_operand, gamma: Some(&weights.ffn_norm) };
+            ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x, Some(next)))?;
+        }
+        Tokens::Many(_) => {
+            let panels = b.panels.as_mut();
+            add_many(device, &weights.attn_output, &b.heads, tokens.len(), &mut b.x, panels)?;
+        }
+    }
     probe.after(Op::AttnOutput, index, device, &b.x)?;
 
     let gate_up = &weights.ffn_gate_up;
     match tokens {
         Tokens::One => {
-            let x = input(activations, &b.x);
+            let x = input(activations, &b.x, &b.x_operand);
             swiglu(device, gate_up, x, norm(&weights.ffn_norm), &mut b.ffn)?;
         }
         Tokens::Many(_) => {
@@ -269,7 +308,17 @@ pub fn layer(
         }
     }
     probe.after(Op::FfnSwiglu, index, device, &b.ffn.hidden)?;
-    add(device, &weights.ffn_down, activations, &b.ffn.hidden, tokens, &mut b.x, b.panels.as_mut())?;
+    match tokens {
+        Tokens::One => {
+            let hidden = input(activations, &b.ffn.hidden, &b.ffn.operand);
+            let next = Next { operand: &mut b.x_operand, gamma: Some(next_norm) };
+            ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x, Some(next)))?;
+        }
+        Tokens::Many(_) => {
+            let panels = b.panels.as_mut();
+            add_many(device, &weights.ffn_down, &b.ffn.hidden, tokens.len(), &mut b.x, panels)?;
+        }
+    }
     probe.after(Op::FfnOutput, index, device, &b.x)
 }
 
@@ -285,7 +334,9 @@ fn exact_attention(
     for token in 0..chunk.n_tokens {
         let (q, step) = (b.q.part(token * n_q..(token + 1) * n_q), b.steps.part(token..token + 1));
         let mut heads = b.heads.part(token * n_q..(token + 1) * n_q);
-        ops::attention(device, &q, cache, &step, shape, &mut b.attention, &mut heads)?;
+        // The chunk's keys and values are all of this moment.
+        let shape = AttentionShape { n_fresh: token + 1, ..shape };
+        ops::attention(device, &q, cache, &step, shape, &mut b.attention, &mut heads, None)?;
     }
     Ok(())
 }
@@ -309,7 +360,7 @@ fn queries_keys_values(
     };
     match tokens {
         Tokens::One => {
-            let x = input(settings.activations, &b.x);
+            let x = input(settings.activations, &b.x, &b.x_operand);
             ops::gemv_qkv(device, matrices, x, norm, rope, &b.rotation, steps, &mut b.q, layer)?;
         }
         Tokens::Many(_) => {
@@ -324,23 +375,17 @@ fn queries_keys_values(
     }
 }
 
-/// `output += W x`.
-fn add(
+/// `output += W x` of many tokens.
+fn add_many(
     device: &Device,
     weights: &Matrix,
-    activations: Activations,
     x: &Buffer<f32>,
-    tokens: Tokens,
+    n_tokens: usize,
     output: &mut Buffer<f32>,
     panels: Option<&mut Panels>,
 ) -> Result<()> {
-    match tokens {
-        Tokens::One => ops::gemv(device, weights, input(activations, x), None, Output::Add(output)),
-        Tokens::Many(_) => {
-            let panels = pack(device, panels, x, tokens.len(), weights.n_cols(), None)?;
-            ops::gemm(device, weights, panels, ManyOutput::Add(output))
-        }
-    }
+    let panels = pack(device, panels, x, n_tokens, weights.n_cols(), None)?;
+    ops::gemm(device, weights, panels, ManyOutput::Add(output))
 }
 
 /// Vectors as products for many tokens take them.
@@ -364,24 +409,29 @@ fn pack<'p>(
 pub fn ffn(
     device: &Device,
     weights: &Layer,
-    activations: Activations,
-    x: &Buffer<f32>,
+    x: Input,
     output: &mut Buffer<f32>,
     b: &mut FfnBuffers,
 ) -> Result<()> {
-    swiglu(device, &weights.ffn_gate_up, input(activations, x), None, b)?;
-    ops::gemv(device, &weights.ffn_down, input(activations, &b.hidden), None, Output::Add(output))
+    swiglu(device, &weights.ffn_gate_up, x, None, b)?;
+    let hidden = match x {
+        Input::F32(..) => Input::F32(&b.hidden, None),
+        Input::Operand(_) | Input::Q8_1(_) => Input::Operand(&b.operand),
+    };
+    ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(output, None))
 }
 
-/// `b.hidden = silu(gate x) * (up x)`.
+/// `b.hidden = silu(gate x) * (up x)`, in `b.operand` as well.
 fn swiglu(device: &Device, weights: &GateUp, x: Input, norm: Option<Norm>, b: &mut FfnBuffers) -> Result<()> {
+    let next = Next { operand: &mut b.operand, gamma: None };
     match weights {
-        GateUp::Joined(matrix) => ops::gemv_swiglu(device, matrix, x, norm, &mut b.hidden),
+        GateUp::Joined(matrix) => ops::gemv_swiglu(device, matrix, x, norm, &mut b.hidden, Some(next)),
         GateUp::Apart { gate, up } => {
             let mut up_values = b.gate_up.part(0..up.n_rows());
             ops::gemv(device, gate, x, norm, Output::Set(&mut b.hidden))?;
             ops::gemv(device, up, x, norm, Output::Set(&mut up_values))?;
-            ops::swiglu(device, &mut b.hidden, &up_values)
+            ops::swiglu(device, &mut b.hidden, &up_values)?;
+            ops::make_operand(device, &b.hidden, next)
         }
     }
 }
@@ -414,10 +464,10 @@ fn qkv(weights: &Layer) -> QkvWeights<'_> {
     }
 }
 
-/// A vector as the matrices take it: as it is on the exact path, to be quantized on the fast one.
-fn input(activations: Activations, values: &Buffer<f32>) -> Input<'_> {
+/// A vector as the matrices take it.
+fn input<'a>(activations: Activations, values: &'a Buffer<f32>, operand: &'a Operand) -> Input<'a> {
     match activations {
-        Activations::F32 => Input::F32(values),
-        Activations::Q8_1 => Input::Quantized(values),
+        Activations::F32 => Input::F32(values, Some(operand)),
+        Activations::Q8_1 => Input::Operand(operand),
     }
 }

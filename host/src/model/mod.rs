@@ -15,7 +15,7 @@ pub use weights::{GateUp, Layer, Linear, Weights};
 use crate::config::{Config, Preset};
 use crate::device::Device;
 use crate::gguf::Gguf;
-use crate::ops::{AttentionShape, Rope};
+use crate::ops::{self, AttentionShape, Input, Next, Operand, Rope};
 use anyhow::{Context as _, Result, ensure};
 pub use gpu_kernels::kv_cache::KvFormat;
 use gpu_kernels::kv_cache::Q8_0_BLOCK;
@@ -163,7 +163,11 @@ impl Model {
             activations: options.activations,
             fusion: options.fusion,
             rms_eps: config.rms_eps,
-            attention: AttentionShape { n_head: config.n_head, scale: 1.0 / (config.head_dim as f32).sqrt() },
+            attention: AttentionShape {
+                n_head: config.n_head,
+                scale: 1.0 / (config.head_dim as f32).sqrt(),
+                n_fresh: 1,
+            },
             head_dim: config.head_dim,
             n_head_kv: config.n_head_kv,
             rope: Rope {
@@ -247,8 +251,15 @@ impl Model {
         let weights = self.weights.layer(layer)?;
         let input = self.device.alloc_from(x)?;
         let mut output = self.device.alloc_from(&vec![0.0f32; x.len()])?;
-        let mut buffers = FfnBuffers::alloc(&self.device, self.config.n_ff)?;
-        ffn(&self.device, weights, self.settings.activations, &input, &mut output, &mut buffers)?;
+        let activations = self.settings.activations;
+        let mut buffers = FfnBuffers::alloc(&self.device, self.config.n_ff, activations)?;
+        let mut operand = Operand::alloc(&self.device, x.len(), activations == Activations::F32)?;
+        ops::make_operand(&self.device, &input, Next { operand: &mut operand, gamma: None })?;
+        let input = match activations {
+            Activations::F32 => Input::F32(&input, None),
+            Activations::Q8_1 => Input::Operand(&operand),
+        };
+        ffn(&self.device, weights, input, &mut output, &mut buffers)?;
         self.device.to_vec(&output)
     }
 }

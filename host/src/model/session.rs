@@ -26,8 +26,9 @@ const LOGITS_AT_ONCE: usize = 64;
 /// Tokens in a KV cache, and the logits of the last one fed.
 pub struct Session<'m> {
     model: &'m Model,
-    /// The launches of each kind of step. Declared, and so dropped, before the buffers they use.
-    steps: [RecordedStep; 3],
+    /// The launches of each kind of step, for short contexts and for long ones. Declared, and so dropped, before the buffers
+    /// they use.
+    steps: [[RecordedStep; 3]; 2],
     buffers: Buffers,
     /// Where many tokens go through at once; none where they do not.
     many: Option<Buffers>,
@@ -92,8 +93,8 @@ impl<'m> Session<'m> {
         };
         Ok(Self {
             model,
-            steps: [const { RecordedStep::Fresh }; 3],
-            buffers: Buffers::alloc(device, config, kv_format)?,
+            steps: [const { [const { RecordedStep::Fresh }; 3] }; 2],
+            buffers: Buffers::alloc(device, config, &model.settings)?,
             many,
             logits: device.alloc(config.n_vocab)?,
             many_logits: None,
@@ -384,22 +385,24 @@ impl<'m> Session<'m> {
     fn run(&mut self, kind: Kind, probe: Probe) -> Result<(), Halt> {
         self.has_logits = false;
         self.has_chosen = false;
+        let is_long = self.buffers.attention.suit(self.position + 1);
         if !matches!(probe, Probe::Nothing) {
             // A run that stops half-way waits for the device, and differs from the next one.
             return self.issue(kind, probe);
         }
         let device = &self.model.device;
-        match &self.steps[kind as usize] {
+        let recorded = (usize::from(is_long), kind as usize);
+        match &self.steps[recorded.0][recorded.1] {
             RecordedStep::Fresh => {
                 self.issue(kind, probe)?;
-                self.steps[kind as usize] = RecordedStep::Warm;
+                self.steps[recorded.0][recorded.1] = RecordedStep::Warm;
             }
             RecordedStep::Warm => {
                 // SAFETY: the buffers are this session's or the model's, and the session's recordings go first.
                 match unsafe { device.record(|| self.issue(kind, probe))? } {
                     Some(recording) => {
                         device.replay(&recording)?;
-                        self.steps[kind as usize] = RecordedStep::Recorded(recording);
+                        self.steps[recorded.0][recorded.1] = RecordedStep::Recorded(recording);
                     }
                     None => self.issue(kind, probe)?,
                 }

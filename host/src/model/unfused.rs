@@ -81,10 +81,10 @@ pub(super) fn layer(
         }
     }
     probe.after(Op::KvAppend, index, device, cache)?;
-    ops::attention(device, &b.q, &*cache, &b.steps, attention, &mut b.attention, &mut b.heads)?;
+    ops::attention(device, &b.q, &*cache, &b.steps, attention, &mut b.attention, &mut b.heads, None)?;
     probe.after(Op::Attention, index, device, &b.heads)?;
     let heads = input(device, activations, &b.heads, &mut u.heads_q8, probe, Op::AttentionQ8, index)?;
-    ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x))?;
+    ops::gemv(device, &weights.attn_output, heads, None, Output::Add(&mut b.x, None))?;
     probe.after(Op::AttnOutput, index, device, &b.x)?;
 
     ops::rms_norm(device, &b.x, &weights.ffn_norm, rms_eps, &mut u.normed)?;
@@ -109,7 +109,7 @@ pub(super) fn layer(
     ops::swiglu(device, &mut hidden, &up_values)?;
     probe.after(Op::FfnSwiglu, index, device, &hidden)?;
     let hidden = input(device, activations, &hidden, &mut ffn.hidden_q8, probe, Op::FfnSwigluQ8, index)?;
-    ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x))?;
+    ops::gemv(device, &weights.ffn_down, hidden, None, Output::Add(&mut b.x, None))?;
     probe.after(Op::FfnOutput, index, device, &b.x)
 }
 
@@ -151,7 +151,7 @@ fn input<'a>(
     index: usize,
 ) -> Result<Input<'a>, Halt> {
     match activations {
-        Activations::F32 => Ok(Input::F32(values)),
+        Activations::F32 => Ok(Input::F32(values, None)),
         Activations::Q8_1 => {
             ops::quantize_q8_1(device, values, q8)?;
             probe.after(op, index, device, q8)?;

@@ -1,10 +1,11 @@
 //! Launchers of the operations on heads: rotation, the KV cache, attention.
 
-use super::{Chunk, KvLayer, KvView, Rope, aligned, at_least, dim, launch_1d};
+use super::{Chunk, KvLayer, KvView, Next, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
 use cuda_std::tensor::PANEL_DEPTH;
 use gpu_kernels::attention::MAX_SPLITS;
+use gpu_kernels::operand::Operand;
 use gpu_kernels::prefill_attention::{self as prefill_kernel, MAX_WARPS, WARP_TOKENS};
 use gpu_kernels::step::Step;
 use gpu_kernels::{attention as attention_kernel, kv_cache, rope as rope_kernel};
@@ -16,6 +17,9 @@ pub struct AttentionShape {
     pub n_head: usize,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Of one query token: positions up to its own, counted back from it, that the launches just before write. Attention looks
+    /// at those before them while it waits for these launches.
+    pub n_fresh: usize,
 }
 
 /// Rotates `n_head` heads of `head_dim` values in place, by the step's position.
@@ -84,10 +88,28 @@ pub fn kv_append(
     unsafe { device.launch(&kv_cache::KV_APPEND, config, arguments) }
 }
 
-/// What blocks that share a context leave for the last of them.
+/// Positions up to which a context is short.
+const SHORT: usize = 1024;
+/// Most query heads of a block where it is: more blocks, with fewer registers each, and so beside those of the kernels before
+/// and after. Where it is long a block takes as many as it can, since every one reads its keys and values.
+const SHORT_HEADS: usize = 2;
+
+/// How attention is dealt out to blocks.
+#[derive(Clone, Copy, Debug)]
+struct Deal {
+    /// Query heads that a block takes, and blocks that those of a key-value head go to.
+    heads: usize,
+    blocks_per_kv: usize,
+    /// Most blocks that share a context.
+    n_splits: usize,
+}
+
+/// What blocks that share a context leave for the last of them, and how many there are.
 #[derive(Debug)]
 pub struct AttentionWorkspace {
-    n_splits: usize,
+    /// For short contexts and for long ones.
+    deals: [Deal; 2],
+    is_long: bool,
     /// `[n_splits, n_head, head_dim]`.
     values: Buffer<f32>,
     /// `[n_splits, n_head, 2]`.
@@ -97,16 +119,14 @@ pub struct AttentionWorkspace {
 }
 
 impl AttentionWorkspace {
-    /// Room for as many blocks as keep the device busy.
+    /// Room for as many blocks as keep the device busy, for a short context at first.
     ///
     /// # Errors
     /// As [`with_splits`](Self::with_splits).
     pub fn alloc(device: &Device, n_head: usize, n_head_kv: usize, head_dim: usize) -> Result<Self> {
         // Two blocks fit on a multiprocessor. On the CPU the heads are blocks enough.
         let wanted = if device.is_cuda() { 2 * device.multiprocessors() as usize } else { 0 };
-        let (blocks_per_kv, _) = deal_heads(n_head, n_head_kv)?;
-        let n_splits = (wanted / (n_head_kv * blocks_per_kv)).clamp(1, MAX_SPLITS);
-        Self::with_splits(device, n_head, n_head_kv, head_dim, n_splits)
+        Self::new(device, n_head, n_head_kv, head_dim, |n_rows| (wanted / n_rows).clamp(1, MAX_SPLITS))
     }
 
     /// Room for `n_splits` blocks to share a context.
@@ -124,32 +144,58 @@ impl AttentionWorkspace {
             (1..=MAX_SPLITS).contains(&n_splits),
             "attention: a context is shared by 1 to {MAX_SPLITS} blocks, found {n_splits}"
         );
-        let (blocks_per_kv, _) = deal_heads(n_head, n_head_kv)?;
+        Self::new(device, n_head, n_head_kv, head_dim, |_| n_splits)
+    }
+
+    /// With as many splits as `n_splits` says for a number of rows of the grid.
+    fn new(
+        device: &Device,
+        n_head: usize,
+        n_head_kv: usize,
+        head_dim: usize,
+        n_splits: impl Fn(usize) -> usize,
+    ) -> Result<Self> {
+        let deal = |most_heads: usize| -> Result<Deal> {
+            let (blocks_per_kv, heads) = deal_heads(n_head, n_head_kv, most_heads)?;
+            Ok(Deal { heads, blocks_per_kv, n_splits: n_splits(n_head_kv * blocks_per_kv) })
+        };
+        let deals = [deal(SHORT_HEADS)?, deal(attention_kernel::MAX_HEADS)?];
+        let most = |of: fn(&Deal) -> usize| deals.iter().map(of).max().unwrap_or(0);
+        let (n_splits, blocks_per_kv) = (most(|deal| deal.n_splits), most(|deal| deal.blocks_per_kv));
         Ok(Self {
-            n_splits,
+            deals,
+            is_long: false,
             values: device.alloc(n_splits * n_head * head_dim)?,
             sums: device.alloc(n_splits * n_head * 2)?,
             n_ended: device.alloc_zeroed(n_head_kv * blocks_per_kv)?,
         })
     }
+
+    /// From now on it is for a context of about `length` positions, which bears on speed alone. Says whether that is long.
+    pub fn suit(&mut self, length: usize) -> bool {
+        self.is_long = length > SHORT;
+        self.is_long
+    }
 }
 
-/// Into how many blocks the query heads of a key-value head go, and how many each takes.
-fn deal_heads(n_head: usize, n_head_kv: usize) -> Result<(usize, usize)> {
+/// Into how many blocks the query heads of a key-value head go, and how many each takes: at most `most`.
+fn deal_heads(n_head: usize, n_head_kv: usize, most: usize) -> Result<(usize, usize)> {
     ensure!(
         n_head > 0 && n_head_kv > 0 && n_head.is_multiple_of(n_head_kv),
         "attention: {n_head} query heads over {n_head_kv} key-value heads"
     );
     let heads_per_kv = n_head / n_head_kv;
-    let blocks = heads_per_kv.div_ceil(attention_kernel::MAX_HEADS);
+    let blocks = heads_per_kv.div_ceil(most);
     Ok((blocks, heads_per_kv.div_ceil(blocks)))
 }
 
-/// Attention of one query token, `[n_head, head_dim]`, over the cache's positions up to the step's.
+/// Attention of one query token, `[n_head, head_dim]`, over the cache's positions up to the step's; and the same as the next
+/// product reads it.
 ///
 /// # Errors
 /// When `n_head` is not a multiple of the cache's heads, a buffer is too short, the workspace is of another shape, or the
 /// launch fails.
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
 pub fn attention<'a>(
     device: &Device,
     q: &Buffer<f32>,
@@ -158,21 +204,31 @@ pub fn attention<'a>(
     shape: AttentionShape,
     workspace: &mut AttentionWorkspace,
     out: &mut Buffer<f32>,
+    next: Option<Next>,
 ) -> Result<()> {
-    let (cache, AttentionShape { n_head, scale }) = (cache.into(), shape);
-    let (blocks_per_kv, heads) = deal_heads(n_head, cache.n_head_kv)?;
-    let (n_rows, n_splits) = (cache.n_head_kv * blocks_per_kv, workspace.n_splits);
+    let (cache, AttentionShape { n_head, scale, n_fresh }) = (cache.into(), shape);
+    deal_heads(n_head, cache.n_head_kv, attention_kernel::MAX_HEADS)?;
+    let Deal { heads, blocks_per_kv, n_splits } = workspace.deals[usize::from(workspace.is_long)];
+    let n_rows = cache.n_head_kv * blocks_per_kv;
     at_least("attention", "q", q, n_head * cache.head_dim)?;
     at_least("attention", "out", out, n_head * cache.head_dim)?;
     at_least("attention", "step", step, 1)?;
     at_least("attention", "workspace.values", &workspace.values, n_splits * n_head * cache.head_dim)?;
     at_least("attention", "workspace.sums", &workspace.sums, n_splits * n_head * 2)?;
     at_least("attention", "workspace.n_ended", &workspace.n_ended, n_rows)?;
+    let operand = match next {
+        Some(mut next) => {
+            ensure!(next.gamma.is_none(), "attention: its result is not normalised");
+            next.as_ref("attention", n_head * cache.head_dim, n_splits * n_rows)?
+        }
+        None => Operand::NOTHING,
+    };
     let arguments = attention_kernel::Arguments {
         q: q.as_ptr(),
         k_cache: cache.k,
         v_cache: cache.v,
         out: out.as_mut_ptr(),
+        operand,
         step: step.as_ptr(),
         split_values: workspace.values.as_mut_ptr(),
         split_sums: workspace.sums.as_mut_ptr(),
@@ -184,6 +240,7 @@ pub fn attention<'a>(
         lanes: dim((cache.head_dim / 8).next_power_of_two().max(8))?,
         n_ctx: dim(cache.n_ctx)?,
         n_splits: dim(n_splits)?,
+        n_fresh: dim(n_fresh)?,
         scale,
     };
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
@@ -207,10 +264,10 @@ pub fn prefill_attention<'a>(
     shape: AttentionShape,
     out: &mut Buffer<f32>,
 ) -> Result<()> {
-    let (AttentionShape { n_head, scale }, Chunk { position, n_tokens }) = (shape, chunk);
+    let (AttentionShape { n_head, scale, .. }, Chunk { position, n_tokens }) = (shape, chunk);
     let cache = cache.into();
     let head_dim = cache.head_dim;
-    deal_heads(n_head, cache.n_head_kv)?;
+    deal_heads(n_head, cache.n_head_kv, attention_kernel::MAX_HEADS)?;
     ensure!(n_tokens > 0, "prefill_attention: there are no tokens");
     ensure!(
         scale.is_finite() && scale > 0.0,

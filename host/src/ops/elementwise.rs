@@ -1,10 +1,11 @@
 //! Launchers of the vector operations.
 
-use super::{Matrix, Q8_1Vector, Rope, at_least, dim, launch_1d};
+use super::{Matrix, Next, Q8_1Vector, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
 use gpu_kernels::activations::{OCTET, Q8_1_BLOCK};
 use gpu_kernels::formats::UNIT;
+use gpu_kernels::operand::{self, Operand};
 use gpu_kernels::rows::RowOrder;
 use gpu_kernels::sample::{self as sample_kernel, SamplingParameters};
 use gpu_kernels::step::Step;
@@ -15,13 +16,14 @@ use gpu_kernels::{
 
 /// `out[i] = weights[steps[i].token]`, each of `weights.n_cols()` values, rows of several filled up to a multiple of four;
 /// into `rotation` cosine and sine of every rotated
-/// pair's angle at the step's position. For the first `n_tokens` steps.
+/// pair's angle at the step's position. For the first `n_tokens` steps; of one alone also what the next product reads.
 ///
 /// The tokens are in device memory: whoever writes them keeps them below `weights.n_rows()`.
 ///
 /// # Errors
 /// When a buffer is too short, there are more than 65,535 tokens, the matrix's rows are not in natural order, or the launch
 /// fails.
+#[allow(clippy::too_many_arguments, reason = "each is one thing")]
 pub fn embed(
     device: &Device,
     weights: &Matrix,
@@ -30,6 +32,7 @@ pub fn embed(
     rope: &Rope,
     out: &mut Buffer<f32>,
     rotation: &mut Buffer<[f32; 2]>,
+    next: Option<Next>,
 ) -> Result<()> {
     let pairs = rope.frequencies.len();
     ensure!((1..=65_535).contains(&n_tokens), "embed: {n_tokens} tokens, 1 to 65,535 are possible");
@@ -41,6 +44,13 @@ pub fn embed(
     let threads = weights.n_cols().div_ceil(UNIT).max(pairs);
     let mut config = launch_1d(threads.div_ceil(embed_kernel::BLOCK_DIM), embed_kernel::BLOCK_DIM)?;
     config.grid[1] = n_tokens as u32;
+    let operand = match next {
+        Some(mut next) => {
+            ensure!(n_tokens == 1, "embed: an operand is of one token, found {n_tokens}");
+            next.as_ref("embed", weights.n_cols(), config.grid[0] as usize)?
+        }
+        None => Operand::NOTHING,
+    };
     let arguments = (
         weights.as_ref()?,
         steps.as_ptr(),
@@ -51,6 +61,7 @@ pub fn embed(
         rotation.as_mut_ptr(),
         dim(pairs)?,
         rope.magnitude,
+        operand,
     );
     // SAFETY: the matrix is whole by construction, the lengths are checked, and the tokens are below n_rows.
     unsafe { device.launch(&embed_kernel::EMBED, config, arguments) }
@@ -74,6 +85,18 @@ pub fn rms_norm(
     let arguments = (x.as_ptr(), gamma.as_ptr(), y.as_mut_ptr(), dim(n)?, eps);
     // SAFETY: the lengths are checked.
     unsafe { device.launch(&rms_norm_kernel::RMS_NORM, launch_1d(1, rms_norm_kernel::BLOCK_DIM)?, arguments) }
+}
+
+/// `x` as the next product reads it.
+///
+/// # Errors
+/// When the operand is not of as many values, or the launch fails.
+pub fn make_operand(device: &Device, x: &Buffer<f32>, mut next: Next) -> Result<()> {
+    aligned("make_operand", "x", x, x.len())?;
+    let config = launch_1d(x.len().div_ceil(operand::BLOCK_DIM * OCTET), operand::BLOCK_DIM)?;
+    let operand = next.as_ref("make_operand", x.len(), config.grid[0] as usize)?;
+    // SAFETY: the lengths are checked.
+    unsafe { device.launch(&operand::MAKE_OPERAND, config, (x.as_ptr(), dim(x.len())?, operand)) }
 }
 
 /// Quantizes `out.len()` values to Q8_1.

@@ -1,16 +1,16 @@
 //! Launchers of the matrix-vector products.
 
-use super::{Input, KvLayer, Matrix, Norm, Rope, aligned, at_least, dim, launch_1d};
+use super::{Input, KvLayer, Matrix, Next, Norm, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
 use cuda_std::launch::{Kernel, LaunchConfig};
-use cuda_std::pipeline::WarpCopies;
-use gpu_kernels::activations::{Activations as _, F32Vector, Q8_1, Q8_1_BLOCK};
+use gpu_kernels::activations::Q8_1_BLOCK;
 use gpu_kernels::formats::UNIT;
-use gpu_kernels::formats::tile::{TILE_ROWS, TILE_UNITS};
+use gpu_kernels::formats::tile::TILE_UNITS;
 use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
-use gpu_kernels::gemv::input::{BATCH, Input as KernelInput};
-use gpu_kernels::gemv::{self as kernels, Kernels, MatrixRef, Schedule};
+use gpu_kernels::gemv::input::Input as KernelInput;
+use gpu_kernels::gemv::{self as kernels, ANY_WARPS, Kernels, MAX_QUADS, MatrixRef, Schedule, Shares, WARPS};
+use gpu_kernels::operand::Operand;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
@@ -23,8 +23,8 @@ pub enum Output<'a> {
     Set(&'a mut Buffer<f32>),
     /// `y = W x + bias`.
     SetBiased(&'a mut Buffer<f32>, &'a Buffer<f32>),
-    /// `y += W x`.
-    Add(&'a mut Buffer<f32>),
+    /// `y += W x`; and `y` as the next product reads it.
+    Add(&'a mut Buffer<f32>, Option<Next<'a>>),
 }
 
 /// `y = W x`, with a bias or added onto `y`; `x` is normalised first where there is a norm.
@@ -35,25 +35,25 @@ pub enum Output<'a> {
 pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, output: Output) -> Result<()> {
     let is_plain = norm.is_none();
     let input = input("gemv", weights, x, norm)?;
-    let (schedule, config) = match output {
-        Output::Add(_) => schedule::<Add>(device, &[weights], x.is_exact(), Room::MoreThanHalf)?,
-        _ => schedule::<Store>(device, &[weights], x.is_exact(), Room::LessThanHalf)?,
-    };
-    let kernels = kernels(weights, x);
     let matrix = weights.as_ref()?;
+    let own = own_kernels(device, weights, x);
+    let (kernels, family) = own.map_or((any_kernels(x), Family::Any), |kernels| (kernels, Family::Own));
     let is_natural = weights.order() == RowOrder::NATURAL;
     let ordered_output = match output {
         Output::Set(y) if is_natural => {
             aligned("gemv", "y", y, weights.n_rows())?;
+            let (schedule, config) = schedule::<Store>(device, &[weights], family)?;
             let output = Store { y: y.as_mut_ptr() };
             // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
             return unsafe { device.launch(kernels.gemv, config, (matrix, input, schedule, output)) };
         }
-        Output::Add(y) => {
+        Output::Add(y, next) => {
             aligned("gemv", "y", y, weights.n_rows())?;
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
             ensure!(is_plain, "gemv: an input that is to be normalised has a product that is not added");
-            let output = Add { y: y.as_mut_ptr() };
+            let (schedule, config) = schedule::<Add>(device, &[weights], family)?;
+            let operand = operand("gemv", next, weights.n_rows(), config)?;
+            let output = Add { y: y.as_mut_ptr(), operand };
             // SAFETY: as above.
             return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
         }
@@ -71,13 +71,39 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
         is_plain,
         "gemv: only rows in natural order, without a bias, have an input that is to be normalised"
     );
+    let (schedule, config) = schedule::<StoreOrdered>(device, &[weights], Family::Any)?;
     // SAFETY: as above.
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
 }
 
-/// The kernels for an input and a matrix.
-fn kernels(matrix: &Matrix, x: Input) -> Kernels {
-    if x.is_exact() { kernels::exact::KERNELS } else { kernels::kernels(matrix.format()) }
+/// What the next product reads, as a launch passes it.
+fn operand(operation: &str, next: Option<Next>, n: usize, config: LaunchConfig) -> Result<Operand> {
+    match next {
+        Some(mut next) => next.as_ref(operation, n, config.grid[0] as usize),
+        None => Ok(Operand::NOTHING),
+    }
+}
+
+/// Kernels for one format, whose quads have to fit shared memory, or for any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Own,
+    Any,
+}
+
+/// The kernels of the matrix's own format, where there are any that take the input and it.
+fn own_kernels(device: &Device, matrix: &Matrix, x: Input) -> Option<Kernels> {
+    if x.is_exact() || is_long(device, matrix) { None } else { kernels::own_kernels(matrix.format()) }
+}
+
+/// Those for any format.
+fn any_kernels(x: Input) -> Kernels {
+    if x.is_exact() { kernels::exact::KERNELS } else { kernels::mixed::KERNELS }
+}
+
+/// Whether a quad does not fit shared memory.
+fn is_long(device: &Device, matrix: &Matrix) -> bool {
+    matrix.quad_bytes() + BESIDE_BYTES > device.shared_bytes() as usize
 }
 
 /// The kernel for rows in any order.
@@ -96,6 +122,7 @@ pub fn gemv_swiglu(
     x: Input,
     norm: Option<Norm>,
     y: &mut Buffer<f32>,
+    next: Option<Next>,
 ) -> Result<()> {
     ensure!(
         gate_up.order().order == Order::Halves as u32,
@@ -104,11 +131,13 @@ pub fn gemv_swiglu(
     );
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
-    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], x.is_exact(), Room::LessThanHalf)?;
-    let kernel = kernels(gate_up, x).gemv_swiglu;
-    let output = Swiglu { y: y.as_mut_ptr() };
+    let own = own_kernels(device, gate_up, x);
+    let (kernels, family) = own.map_or((any_kernels(x), Family::Any), |kernels| (kernels, Family::Own));
+    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], family)?;
+    let operand = operand("gemv_swiglu", next, gate_up.n_rows() / 2, config)?;
+    let output = Swiglu { y: y.as_mut_ptr(), operand };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
-    unsafe { device.launch(kernel, config, (gate_up.as_ref()?, input, schedule, output)) }
+    unsafe { device.launch(kernels.gemv_swiglu, config, (gate_up.as_ref()?, input, schedule, output)) }
 }
 
 /// The weights of queries, keys and values, each with its bias where there is one.
@@ -156,11 +185,11 @@ pub fn gemv_qkv(
     at_least("gemv_qkv", "rotation", rotation, rope.frequencies.len())?;
     at_least("gemv_qkv", "step", step, 1)?;
     let output = qkv_output(weights, rope, rotation, step, q, cache)?;
-    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, x.is_exact(), Room::LessThanHalf)?;
-    let kernel = match x.is_exact() {
-        true => &kernels::exact::GEMV_QKV,
-        false => kernels::qkv_kernel(weights.matrices.map(Matrix::format)),
-    };
+    let is_own = !x.is_exact() && weights.matrices.iter().all(|matrix| !is_long(device, matrix));
+    let own = kernels::own_qkv_kernel(weights.matrices.map(Matrix::format)).filter(|_| is_own);
+    let any = if x.is_exact() { &kernels::exact::GEMV_QKV } else { &kernels::mixed::GEMV_QKV };
+    let (kernel, family) = own.map_or((any, Family::Any), |kernel| (kernel, Family::Own));
+    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, family)?;
     let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
     // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.
     unsafe { device.launch(kernel, config, arguments) }
@@ -231,19 +260,27 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
         x.len()
     );
     let mut input = KernelInput {
-        values: ptr::null(),
-        gamma: ptr::null(),
+        words: ptr::null(),
         quants: ptr::null(),
         scales: ptr::null(),
+        values: ptr::null(),
+        gamma: ptr::null(),
+        squares: ptr::null(),
+        n_squares: 0,
         n: dim(x.len())?,
         per_n: 1.0 / x.len() as f32,
         eps: 0.0,
-        batch: BATCH,
     };
-    match x {
-        Input::F32(values) | Input::Quantized(values) => {
+    let squares = match x {
+        Input::F32(values, operand) => {
             aligned(operation, "x", values, x.len())?;
             input.values = values.as_ptr();
+            operand
+        }
+        Input::Operand(operand) => {
+            ensure!(!operand.words.is_empty(), "{operation}: the operand is of the exact path");
+            input.words = operand.words.as_ptr();
+            Some(operand)
         }
         Input::Q8_1(vector) => {
             ensure!(norm.is_none(), "{operation}: a vector in Q8_1 cannot be normalised");
@@ -252,8 +289,9 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
             at_least(operation, "scales", &vector.scales, blocks)?;
             input.quants = vector.quants.as_ptr();
             input.scales = vector.scales.as_ptr();
+            None
         }
-    }
+    };
     if let Some(norm) = norm {
         ensure!(
             norm.gamma.len() == x.len(),
@@ -262,97 +300,115 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
             x.len()
         );
         aligned(operation, "gamma", norm.gamma, x.len())?;
-        input.gamma = norm.gamma.as_ptr();
+        let squares = squares.filter(|operand| operand.n_squares > 0 && operand.len == x.len());
+        let squares = squares.with_context(|| {
+            format!("{operation}: the vector is to be normalised, and nobody left the sums of its squares")
+        })?;
+        input.squares = squares.squares.as_ptr();
+        input.n_squares = dim(squares.n_squares)?;
         input.eps = norm.eps;
+        // An operand's values are multiplied with the factors already.
+        if x.is_exact() {
+            input.gamma = norm.gamma.as_ptr();
+        }
     }
     Ok(input)
 }
 
-/// Most bytes of shared memory for what a block keeps of its quads: beyond that, more blocks take them.
-const QUADS_BYTES: usize = 16 << 10;
+/// Most warps of a block that multiply.
+const MOST_WARPS: usize = 8;
+/// What a block has in shared memory beside the weights of its band, about, and the multiprocessor keeps for it.
+const BESIDE_BYTES: usize = 6 << 10;
+/// Quads of a multiprocessor up to which a matrix is small.
+const FEW_QUADS: usize = 4;
+/// Pieces of a block's weights that are on their way: more make what the next kernel waits for stand in line behind them,
+/// with fewer memory idles (docs/performance.md, version 6).
+const WINDOW: u32 = 3;
 
-/// How much of a multiprocessor's shared memory a block takes.
-///
-/// There is one block for each multiprocessor, and it starts beside the one of the kernel before. It must not start
-/// beside another one of its own kernel, where the kernel before has ended early: then one multiprocessor would have
-/// twice the work, another none, and so on in the kernels that follow. So products that are added, every other one in
-/// a layer, take more than half, and those between them what is left.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Room {
-    LessThanHalf,
-    MoreThanHalf,
+/// How many warps of a block multiply, and how many quads it has.
+#[derive(Clone, Copy, Debug)]
+struct Blocks {
+    warps: usize,
+    quads: usize,
 }
 
-/// What [`Room::MoreThanHalf`] has above the half.
-const ABOVE_HALF: usize = 6 << 10;
+impl Blocks {
+    /// For a matrix of `n_quads` quads of `n_tiles` tiles.
+    fn choose(device: &Device, n_quads: usize, quad_bytes: usize, n_tiles: usize, most_warps: usize) -> Self {
+        let multiprocessors = device.multiprocessors() as usize;
+        let quads_of = |at_once: usize| n_quads.div_ceil(multiprocessors * at_once);
+        if !device.is_cuda() {
+            // On the CPU the threads of a block take turns: more of them only cost.
+            return Self { warps: 1, quads: quads_of(4) };
+        }
+        // Bytes of a band where a multiprocessor has four blocks or two.
+        let room = |blocks: usize| (device.shared_bytes() as usize / blocks).saturating_sub(BESIDE_BYTES);
+        // One block of many warps for a small matrix, several of few where there is more: there is a place sooner then for
+        // those of the next kernel.
+        let is_small = quads_of(1) <= FEW_QUADS && quads_of(1) * quad_bytes <= room(2);
+        if is_small && n_tiles <= most_warps {
+            return Self { warps: most_warps, quads: quads_of(1) };
+        }
+        // In one round, which leaves room for blocks of the kernels after it; or in as many as it takes, where the blocks that
+        // end sooner take more.
+        let at_once = if quads_of(3) * quad_bytes <= room(4) { 3 } else { 4 };
+        let quads = if at_once == 3 { quads_of(3) } else { (room(4) / quad_bytes).max(1) };
+        Self { warps: (WARPS as usize / at_once - 1).min(most_warps), quads }
+    }
+}
 
-/// Deals out the work: one block per multiprocessor, of which each has its share of quads, and as many tiles on their
-/// way as there is room for.
+/// Deals out the work.
 fn schedule<E: Epilogue>(
     device: &Device,
     matrices: &[&Matrix],
-    is_exact: bool,
-    room: Room,
+    family: Family,
 ) -> Result<(Schedule, LaunchConfig)> {
-    let (unit_words, max_warps, in_slabs) = match is_exact {
-        true => (F32Vector::UNIT_WORDS, F32Vector::MAX_WARPS, F32Vector::IN_SLABS),
-        false => (Q8_1::UNIT_WORDS, Q8_1::MAX_WARPS, Q8_1::IN_SLABS),
-    };
-    let prepared_words = E::Prepared::WORDS;
     let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
     let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
-    let stage_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0);
-    let whole = device.shared_bytes() as usize;
-    // A multiprocessor has 1 KB more than a block can have, and keeps 1 KB per block for itself.
-    let half = (whole + 1024) / 2 - 1024;
-    let (least, wanted) = match room {
-        Room::LessThanHalf => (0, half - ABOVE_HALF),
-        Room::MoreThanHalf => (half + ABOVE_HALF, half + ABOVE_HALF),
+    let quad_bytes = matrices.iter().map(|matrix| matrix.quad_bytes()).max().unwrap_or(0).max(1);
+    let tile_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0).max(1);
+    let room = device.shared_bytes() as usize;
+    // One more warp copies.
+    let n_copiers = usize::from(device.is_cuda());
+    let most_warps = match family {
+        Family::Own => MOST_WARPS,
+        Family::Any => ANY_WARPS as usize - n_copiers,
     };
-    // On the CPU the threads of a block take turns: more of them only cost, and so do copies ahead of their time.
-    let (most_warps, most_stages) = if device.is_cuda() { (max_warps as usize, 32) } else { (4, 2) };
+    let Blocks { warps, quads } = Blocks::choose(device, n_quads, quad_bytes, n_tiles, most_warps);
+    let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(warps));
 
-    let try_fit =
-        |n_warps: usize, slab_tiles: usize, room: usize| -> Option<(Schedule, Result<LaunchConfig>)> {
-            let quad_bytes = 4 * (TILE_ROWS + 1 + prepared_words as usize);
-            let least_blocks = (n_quads * quad_bytes).div_ceil(QUADS_BYTES);
-            let n_blocks = (device.multiprocessors() as usize).max(least_blocks).min(n_quads);
-            let turns = n_quads.div_ceil(n_blocks);
-            let mut schedule = Schedule {
-                turns: (n_quads / n_blocks) as u32,
-                blocks_with_more: (n_quads % n_blocks) as u32,
-                slab_tiles: slab_tiles as u32,
-                stages: 0,
-                stage_words: stage_bytes as u32 / 4,
-            };
-            let fixed = 4 * schedule.shared_words(n_warps as u32, unit_words as u32, prepared_words) as usize;
-            let ring = room.checked_sub(fixed)? / n_warps;
-            let most_tiles = (turns * slab_tiles).div_ceil(n_warps);
-            let fits = |stages: &usize| {
-                4 * WarpCopies::words(*stages as u32, stage_bytes as u32 / 4) as usize <= ring
-            };
-            schedule.stages = (2..=most_stages.min(most_tiles.max(2))).rev().find(fits)? as u32;
-            Some((schedule, launch_1d(n_blocks, 32 * n_warps)))
-        };
-    // Rather fewer warps than parts of the vector, rather the next kernel's block beside this one's than more warps.
-    let warps = || [12, 8, 4, 2, 1].into_iter().filter(|&warps| warps <= most_warps);
-    let slabs = (0..=if in_slabs { n_tiles.ilog2() } else { 0 }).map(|log| n_tiles.div_ceil(1 << log));
-    let choices = slabs.flat_map(|slab_tiles| {
-        let rooms = [(wanted, 4), (whole, 1)].into_iter();
-        rooms.flat_map(move |(room, least)| {
-            warps().filter(move |&warps| warps >= least).map(move |warps| (warps, slab_tiles, room))
-        })
-    });
-    let schedule = { choices }.find_map(|(n_warps, slab_tiles, room)| try_fit(n_warps, slab_tiles, room));
-    let (schedule, config) = schedule.with_context(|| {
+    let shared_bytes =
+        |schedule: &Schedule| 4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize;
+    let of_band = |quads: usize, slab_tiles: usize, bytes: usize| Schedule {
+        shares: [Shares::default(); 3],
+        quads: quads as u32,
+        tile_warps: tile_warps.min(slab_tiles) as u32,
+        slab_tiles: slab_tiles as u32,
+        weight_words: bytes as u32 / 4,
+        warps: (tile_warps.min(slab_tiles) * (warps / tile_warps).min(quads)) as u32,
+        window: WINDOW,
+    };
+    // Fewer quads, and of one as many tiles, as shared memory holds.
+    let bands =
+        (1..=quads.min(MAX_QUADS as usize)).rev().map(|quads| of_band(quads, n_tiles, quads * quad_bytes));
+    let slabs = (1..n_tiles).rev().map(|tiles| of_band(1, tiles, tiles * tile_bytes));
+    let slabs = slabs.filter(|_| family == Family::Any);
+    let mut schedule = bands.chain(slabs).find(|schedule| shared_bytes(schedule) <= room).with_context(|| {
         format!(
-            "gemv: {whole} bytes of shared memory do not hold two tiles of {stage_bytes} bytes and their part of a \
-             vector of {} values",
+            "gemv: {room} bytes of shared memory hold no quad of {quad_bytes} bytes of a matrix with {} columns",
             matrices[0].n_cols()
         )
     })?;
-    let mut config = config?;
-    let shared_bytes = 4 * schedule.shared_words(config.block[0] / 32, unit_words as u32, prepared_words);
-    config.dynamic_shared_bytes = shared_bytes.max(least as u32);
+    for (shares, matrix) in schedule.shares.iter_mut().zip(matrices) {
+        let blocks = matrix.n_quads().div_ceil(schedule.quads as usize);
+        *shares = Shares {
+            blocks: dim(blocks)?,
+            quads: (matrix.n_quads() / blocks) as u32,
+            blocks_with_more: (matrix.n_quads() % blocks) as u32,
+        };
+    }
+    let n_blocks = schedule.shares.iter().map(|shares| shares.blocks as usize).sum();
+    let mut config = launch_1d(n_blocks, 32 * (schedule.warps as usize + n_copiers))?;
+    config.dynamic_shared_bytes = shared_bytes(&schedule) as u32;
     Ok((schedule, config))
 }

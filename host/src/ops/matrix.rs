@@ -75,6 +75,11 @@ impl Matrix {
         self.n_rows.div_ceil(TILE_ROWS)
     }
 
+    /// Bytes of a quad.
+    pub(super) fn quad_bytes(&self) -> usize {
+        self.geometry.quad_bytes()
+    }
+
     /// Bytes of its largest tile.
     pub(super) fn largest_tile(&self) -> usize {
         if self.geometry.n_units < TILE_UNITS {

@@ -12,13 +12,13 @@ mod read;
 mod types;
 
 pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, prefill_attention, rope};
-pub use elementwise::{argmax, embed, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
+pub use elementwise::{argmax, embed, make_operand, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use kv::{KvCache, KvLayer, KvStage, KvView, QuantizedKvLayer, quantize_kv};
 pub use matrix::{Matrix, Packer};
 pub use read::read;
-pub use types::{Chunk, Input, Norm, Q8_1Vector, Rope};
+pub use types::{Chunk, Input, Next, Norm, Operand, Q8_1Vector, Rope};
 
 use crate::device::Buffer;
 use anyhow::{Context as _, Result, ensure};

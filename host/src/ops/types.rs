@@ -1,8 +1,11 @@
 //! What the operations work on, beyond plain buffers.
 
+use super::{aligned, at_least};
 use crate::device::{Buffer, Device};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use gpu_kernels::activations::{Q8_1_BLOCK, Q8_1Scale};
+use gpu_kernels::formats::tile::TILE_ROWS;
+use gpu_kernels::operand::{Operand as KernelOperand, TILE_COLUMNS, place_of};
 use gpu_kernels::rope::RopeLayout;
 
 /// A Q8_1 vector in device memory ([`gpu_kernels::activations`]).
@@ -48,31 +51,113 @@ impl Q8_1Vector {
     }
 }
 
+/// A vector as products read it ([`gpu_kernels::operand`]): the values for those of the fast path, and on both paths the sums
+/// of squares from which a product knows the norm of its input.
+#[derive(Debug)]
+pub struct Operand {
+    pub(super) len: usize,
+    /// The values; none on the exact path.
+    pub(super) words: Buffer<u32>,
+    /// One for each block that makes values, `n_squares` of them; none where the vector was not to be normalised.
+    pub(super) squares: Buffer<f32>,
+    pub(super) n_squares: usize,
+}
+
+impl Operand {
+    /// Room for `len` values, on the exact path for their squares alone.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn alloc(device: &Device, len: usize, is_exact: bool) -> Result<Self> {
+        let n_words = if is_exact { 0 } else { len.next_multiple_of(TILE_COLUMNS) / 2 };
+        Ok(Self {
+            len,
+            words: device.alloc_zeroed(n_words)?,
+            // No block makes fewer than a quad of values.
+            squares: device.alloc_zeroed(len.div_ceil(TILE_ROWS).next_multiple_of(4))?,
+            n_squares: 0,
+        })
+    }
+}
+
+impl Operand {
+    /// Waits for the device and brings the values; none on the exact path.
+    ///
+    /// # Errors
+    /// When a kernel before it failed.
+    pub fn to_f32(&self, device: &Device) -> Result<Vec<f32>> {
+        let words = device.to_vec(&self.words)?;
+        let halves: Vec<u32> = words.iter().flat_map(|word| [word << 16, word & 0xffff_0000]).collect();
+        let n = if halves.is_empty() { 0 } else { self.len };
+        Ok((0..n).map(|column| f32::from_bits(halves[place_of(column)])).collect())
+    }
+
+    /// Waits for the device and brings the sum of the squares of the vector to be normalised.
+    ///
+    /// # Errors
+    /// When a kernel before it failed.
+    pub fn sum_of_squares(&self, device: &Device) -> Result<f64> {
+        let squares = device.to_vec(&self.squares.part(0..self.n_squares))?;
+        Ok(squares.into_iter().map(f64::from).sum())
+    }
+}
+
+/// Where an operation leaves its result as the next product reads it.
+#[derive(Debug)]
+pub struct Next<'a> {
+    /// Of as many values as the result.
+    pub operand: &'a mut Operand,
+    /// The factors of the norm before the product, where there is one: as many.
+    pub gamma: Option<&'a Buffer<f32>>,
+}
+
+impl Next<'_> {
+    /// As a launch of `n_blocks` blocks that makes `n` values passes it.
+    pub(super) fn as_ref(&mut self, operation: &str, n: usize, n_blocks: usize) -> Result<KernelOperand> {
+        let Operand { len, words, squares, n_squares } = &mut *self.operand;
+        ensure!(*len == n, "{operation}: an operand of {len} values for a result of {n}");
+        let mut operand = KernelOperand::NOTHING;
+        if !words.is_empty() {
+            operand.words = words.as_mut_ptr();
+        }
+        *n_squares = 0;
+        if let Some(gamma) = self.gamma {
+            ensure!(gamma.len() == n, "{operation}: gamma has {} values, the vector {n}", gamma.len());
+            aligned(operation, "gamma", gamma, n)?;
+            at_least(operation, "squares", squares, n_blocks)?;
+            (operand.gamma, operand.squares, *n_squares) = (gamma.as_ptr(), squares.as_mut_ptr(), n_blocks);
+        }
+        Ok(operand)
+    }
+}
+
 /// The vector that a matrix is multiplied with.
 #[derive(Clone, Copy, Debug)]
 pub enum Input<'a> {
-    /// Exact: weights are dequantized, products are in f32.
-    F32(&'a Buffer<f32>),
+    /// Exact: weights are dequantized, products are in f32. To be normalised it needs the sums of its squares.
+    F32(&'a Buffer<f32>, Option<&'a Operand>),
     /// Fast: quantized to Q8_1 by the kernel itself, integer products with dp4a.
-    Quantized(&'a Buffer<f32>),
+    Operand(&'a Operand),
     /// Fast: in Q8_1 already.
     Q8_1(&'a Q8_1Vector),
 }
 
 impl Input<'_> {
     pub(super) fn is_exact(&self) -> bool {
-        matches!(self, Input::F32(_))
+        matches!(self, Input::F32(..))
     }
 
     pub(super) fn len(&self) -> usize {
         match self {
-            Input::F32(values) | Input::Quantized(values) => values.len(),
+            Input::F32(values, _) => values.len(),
+            Input::Operand(operand) => operand.len,
             Input::Q8_1(vector) => vector.len(),
         }
     }
 }
 
-/// RMSNorm of an input that a kernel normalises itself.
+/// RMSNorm of an input that a kernel normalises itself. Where an operand is made, its values are multiplied with the factors
+/// already.
 #[derive(Clone, Copy, Debug)]
 pub struct Norm<'a> {
     /// The factors, as many as the input has values.

@@ -1,0 +1,172 @@
+//! A copy for a block, a piece at a time.
+
+#[cfg(target_arch = "nvptx64")]
+use super::barrier;
+use crate::shared::DynamicShared;
+use crate::thread::{sync_threads, thread_idx_x};
+use crate::warp::lane_id;
+
+/// A copy of neighbouring bytes from device into shared memory, of which no more than a few pieces are on their way at a time.
+///
+/// One warp of the block copies ([`run`](Self::run)), and others wait for what they read ([`wait`](Self::wait)). A block that
+/// asked for all of its bytes at once would have them no sooner, but whatever the multiprocessor's other blocks ask of memory
+/// meanwhile would have to stand in line behind them.
+///
+/// From compute capability 9.0 on a piece is one instruction of one lane (cp.async.bulk), before that as many of every lane
+/// as it takes (cp.async). What is copied is not expected to be read again: in the L2 cache it gives way to everything
+/// else. On the emulator a piece has arrived when it has been started.
+#[derive(Clone, Copy, Debug)]
+pub struct PacedCopy {
+    memory: DynamicShared<u32>,
+    /// The word at which the pieces' barriers start.
+    barriers: u32,
+}
+
+/// Words of a barrier.
+const BARRIER_WORDS: u32 = 2;
+/// Bytes of a piece, a power of two.
+const PIECE_BYTES: u32 = 4096;
+
+impl PacedCopy {
+    /// Words of shared memory for the barriers of copies of up to `bytes` bytes.
+    #[inline(always)]
+    pub const fn barrier_words(bytes: u32) -> u32 {
+        (bytes.div_ceil(PIECE_BYTES) * BARRIER_WORDS).next_multiple_of(4)
+    }
+
+    /// No copy yet, of up to `bytes` bytes, with barriers from word `barriers` on, a multiple of 4. All threads meet.
+    #[inline(always)]
+    pub fn new(memory: DynamicShared<u32>, barriers: u32, bytes: u32) -> Self {
+        let copy = Self { memory, barriers };
+        let mut piece = thread_idx_x();
+        while piece < bytes.div_ceil(PIECE_BYTES) {
+            copy.set_barrier(piece);
+            piece += crate::thread::block_dim_x();
+        }
+        sync_threads();
+        copy
+    }
+
+    /// Copies `bytes` bytes, a multiple of 16, to word `to`, a multiple of 4, with at most `window` pieces on their way at a
+    /// time. The lanes of one warp make this call together; it is the block's copy number `round`, and all threads have read
+    /// what the one before it has brought.
+    ///
+    /// # Safety
+    /// `from` is to as many bytes of readable device memory, at a multiple of 16, which nothing writes until they have
+    /// arrived.
+    #[inline(always)]
+    pub unsafe fn run(&self, round: u32, to: u32, from: *const u8, bytes: u32, window: u32) {
+        let (mut piece, mut start) = (0, 0);
+        while start < bytes {
+            if piece >= window {
+                self.wait_for(piece - window, round);
+            }
+            // SAFETY: the piece is inside what the caller vouches for.
+            unsafe {
+                let from = from.add(start as usize);
+                self.start(piece, to + start / 4, from, PIECE_BYTES.min(bytes - start));
+            }
+            piece += 1;
+            start += PIECE_BYTES;
+        }
+    }
+
+    /// Waits until bytes `start` to `end` of copy number `round` have arrived.
+    #[inline(always)]
+    pub fn wait(&self, round: u32, start: u32, end: u32) {
+        let mut piece = start / PIECE_BYTES;
+        while piece * PIECE_BYTES < end {
+            self.wait_for(piece, round);
+            piece += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn barrier(&self, piece: u32) -> u32 {
+        self.barriers + piece * BARRIER_WORDS
+    }
+}
+
+#[cfg(target_arch = "nvptx64")]
+impl PacedCopy {
+    #[inline(always)]
+    fn set_barrier(&self, piece: u32) {
+        let fillers = if cfg!(cuda_sm_90) { 1 } else { crate::warp::WARP_SIZE };
+        // SAFETY: the barrier is this thread's until the block meets.
+        unsafe { barrier::init(self.memory.address_of(self.barrier(piece) as usize), fillers) };
+    }
+
+    #[inline(always)]
+    fn wait_for(&self, piece: u32, round: u32) {
+        // SAFETY: the barrier is the block's.
+        unsafe { barrier::wait(self.memory.address_of(self.barrier(piece) as usize), round & 1) };
+    }
+
+    #[inline(always)]
+    unsafe fn start(&self, piece: u32, to: u32, from: *const u8, bytes: u32) {
+        let barrier = self.memory.address_of(self.barrier(piece) as usize);
+        cfg_select! {
+            cuda_sm_90 => {
+                if lane_id() == 0 {
+                    // SAFETY: the barrier is the block's; the caller vouches for the source.
+                    unsafe {
+                        core::arch::asm!(
+                            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {bytes};",
+                            "{{ .reg .b64 policy;",
+                            "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;",
+                            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint \
+                                [{to}], [{from}], {bytes}, [{barrier}], policy; }}",
+                            barrier = in(reg32) barrier,
+                            to = in(reg32) self.memory.address_of(to as usize),
+                            from = in(reg64) from,
+                            bytes = in(reg32) bytes,
+                            options(nostack, preserves_flags),
+                        );
+                    }
+                }
+            }
+            _ => {
+                let mut at = lane_id() * 16;
+                while at < bytes {
+                    // SAFETY: the caller vouches for the source.
+                    unsafe {
+                        let from = from.add(at as usize).cast();
+                        super::copy_async_u32x4(self.memory, (to + at / 4) as usize, from);
+                    }
+                    at += crate::warp::WARP_SIZE * 16;
+                }
+                // SAFETY: the barrier is the block's; it counts this lane once its copies have arrived.
+                unsafe {
+                    core::arch::asm!(
+                        "cp.async.mbarrier.arrive.noinc.shared.b64 [{barrier}];",
+                        barrier = in(reg32) barrier,
+                        options(nostack, preserves_flags),
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Here a barrier is a count of arrivals, one for each round.
+#[cfg(not(target_arch = "nvptx64"))]
+impl PacedCopy {
+    fn set_barrier(&self, piece: u32) {
+        self.memory.set(self.barrier(piece) as usize, 0);
+    }
+
+    fn wait_for(&self, piece: u32, round: u32) {
+        while self.memory.get(self.barrier(piece) as usize) <= round {
+            crate::emulator::with_thread(|thread| thread.spin());
+        }
+    }
+
+    unsafe fn start(&self, piece: u32, to: u32, from: *const u8, bytes: u32) {
+        if lane_id() == 0 {
+            // SAFETY: the caller vouches for the source.
+            unsafe { self.memory.copy_from(to as usize, from, bytes as usize) };
+            let barrier = self.barrier(piece) as usize;
+            self.memory.set(barrier, self.memory.get(barrier) + 1);
+        }
+    }
+}
