@@ -1,10 +1,11 @@
-//! Norm, quantization, rotation, SwiGLU, residual and argmax.
+//! Norm, operands, quantization, rotation, SwiGLU, residual and argmax.
 
+use super::gemv::nearest;
 use super::{Guarded, Random, assert_close, devices};
 use gpu_kernels::formats::Format;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::step::Step;
-use host::ops::{self, Matrix, Q8_1Vector, Rope};
+use host::ops::{self, Matrix, Next, Operand, Q8_1Vector, Rope};
 
 const LENGTHS: [usize; 9] = [1, 31, 32, 100, 255, 576, 1536, 4096, 8963];
 
@@ -144,6 +145,47 @@ fn embed_leaves_the_angles_of_the_position() {
             let expected: Vec<f64> =
                 angles.flat_map(|(sin, cos)| [magnitude * cos, magnitude * sin]).collect();
             assert_close(&found, &expected, 4e-7, 1.0, &format!("position {position}"));
+        }
+    }
+}
+
+#[test]
+fn operands_are_rounded_and_scaled() {
+    for device in devices() {
+        for n in LENGTHS {
+            let mut random = Random::new(n as u64 + 3);
+            let (x, gamma) = (random.vector(n), random.vector(n));
+            let squares: f64 = widen(&x).iter().map(|x| x * x).sum();
+            let scaled: Vec<f32> = x.iter().zip(&gamma).map(|(x, g)| x * g).collect();
+            let g = device.alloc_from(&gamma).unwrap();
+            let what = format!("n {n}, {}", device.describe());
+            let check = |operand: &Operand| {
+                assert_eq!(operand.to_f32(device).unwrap(), nearest(&scaled), "{what}");
+                let found = operand.sum_of_squares(device).unwrap();
+                assert!((found - squares).abs() <= 1e-6 * squares, "{what}: {found}, not {squares}");
+            };
+
+            let values = device.alloc_from(&x).unwrap();
+            let mut operand = Operand::alloc(device, n, false).unwrap();
+            ops::make_operand(device, &values, Next { operand: &mut operand, gamma: Some(&g) }).unwrap();
+            check(&operand);
+            ops::make_operand(device, &values, Next { operand: &mut operand, gamma: None }).unwrap();
+            assert_eq!(operand.to_f32(device).unwrap(), nearest(&x), "{what}");
+
+            // An embedding leaves the same; it is the second row of the matrix here.
+            let rows: Vec<f32> = gamma.iter().chain(&x).copied().collect();
+            let bytes: &[u8] = bytemuck::cast_slice(&rows);
+            let matrix = Matrix::upload(device, Format::F32, 2, n, bytes).unwrap();
+            let step = device.alloc_from(&[Step { token: 1, position: 0 }]).unwrap();
+            let frequencies = device.alloc_from(&[1.0]).unwrap();
+            let rope = Rope { frequencies, layout: RopeLayout::HalfSplit, magnitude: 1.0 };
+            let mut out = Guarded::new(device, n);
+            let mut rotation = device.alloc::<[f32; 2]>(1).unwrap();
+            let mut operand = Operand::alloc(device, n, false).unwrap();
+            let next = Some(Next { operand: &mut operand, gamma: Some(&g) });
+            ops::embed(device, &matrix, &step, 1, &rope, &mut out.buffer, &mut rotation, next).unwrap();
+            assert_eq!(out.finish(device, &what), x, "{what}");
+            check(&operand);
         }
     }
 }
