@@ -1,7 +1,6 @@
 //! Attention over the KV cache, and appending to it.
 
-use super::gemv::nearest;
-use super::{Guarded, Random, assert_close, devices};
+use super::{Guarded, Random, assert_close, devices, nearest};
 use gpu_kernels::kv_cache::KvFormat;
 use gpu_kernels::step::Step;
 use half::f16;

@@ -1,7 +1,6 @@
 //! Norm, operands, quantization, rotation, SwiGLU, residual and argmax.
 
-use super::gemv::nearest;
-use super::{Guarded, Random, assert_close, devices};
+use super::{Guarded, Random, assert_close, devices, nearest};
 use gpu_kernels::formats::Format;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::step::Step;

@@ -2,12 +2,11 @@
 //! more loosely, against f64 on the unquantized vector.
 
 use super::formats::{dequantize, random_blocks};
-use super::{Guarded, Random, assert_close, devices, nmse};
+use super::{Guarded, Random, assert_close, devices, nearest, nmse};
 use gpu_kernels::formats::Format;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
-use half::bf16;
 use half::f16;
 use host::device::{Buffer, Device};
 use host::ops::{
@@ -132,10 +131,22 @@ fn bias_and_residual_are_added() {
         assert_close(&y.finish(device, &case.what), &expected, 2e-6, size + 1.0, &case.what);
 
         let mut y = Guarded::holding(device, &residual);
-        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, Output::Add(&mut y.buffer, None))
-            .unwrap();
+        let gamma = random.vector(case.n_rows);
+        let g = device.alloc_from(&gamma).unwrap();
+        let mut left = Operand::alloc(device, case.n_rows, false).unwrap();
+        let next = Next { operand: &mut left, gamma: Some(&g) };
+        let output = Output::Add(&mut y.buffer, Some(next));
+        ops::gemv(device, &case.matrix, Input::F32(&x, None), None, output).unwrap();
         let expected: Vec<f64> = plain.iter().zip(&residual).map(|(y, &r)| y + f64::from(r)).collect();
-        assert_close(&y.finish(device, &case.what), &expected, 2e-6, size + 1.0, &case.what);
+        let y = y.finish(device, &case.what);
+        assert_close(&y, &expected, 2e-6, size + 1.0, &case.what);
+
+        // And what the next product reads: the sum times gamma, and the sum of its squares.
+        let scaled: Vec<f32> = y.iter().zip(&gamma).map(|(y, g)| y * g).collect();
+        assert_eq!(left.to_f32(device).unwrap(), nearest(&scaled), "{}", case.what);
+        let squares: f64 = widen(&y).iter().map(|y| y * y).sum();
+        let found = left.sum_of_squares(device).unwrap();
+        assert!((found - squares).abs() <= 1e-6 * squares, "{}: {found}, not {squares}", case.what);
     });
 }
 
@@ -156,11 +167,6 @@ pub(super) fn operand(
     let mut operand = Operand::alloc(device, x.len(), is_exact).unwrap();
     ops::make_operand(device, x, Next { operand: &mut operand, gamma }).unwrap();
     operand
-}
-
-/// The nearest bfloat16 of each value.
-pub(super) fn nearest(values: &[f32]) -> Vec<f32> {
-    values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect()
 }
 
 /// The vector that an operand and Q8_1 make of `x`, block by block; in f32 where a tie would otherwise round the other way.

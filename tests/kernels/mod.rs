@@ -13,6 +13,7 @@ mod random;
 mod read;
 mod sample;
 
+use half::bf16;
 use host::device::{Buffer, Device, DeviceChoice};
 use std::sync::OnceLock;
 
@@ -90,6 +91,11 @@ impl Guarded {
         }
         all
     }
+}
+
+/// The nearest bfloat16 of each value.
+pub fn nearest(values: &[f32]) -> Vec<f32> {
+    values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect()
 }
 
 /// `sum (a - b)^2 / sum b^2`.

@@ -49,8 +49,10 @@ impl<'a> Reference<'a> {
         let v = watch(Op::V, index, self.linear(&name("attn_v"), &normed));
         let q = watch(Op::QRope, index, self.rope(q, position));
         let k = watch(Op::KRope, index, self.rope(k, position));
-        let round = |values: &[f64]| values.iter().map(|&v| f16::from_f64(v).to_f64()).collect();
-        self.caches[index].push((round(&k), round(&v)));
+        let rounded = k.iter().chain(&v).map(|&value| f16::from_f64(value).to_f64()).collect();
+        let mut k = watch(Op::KvAppend, index, rounded);
+        let v = k.split_off(k.len() / 2);
+        self.caches[index].push((k, v));
         let heads = watch(Op::Attention, index, self.attention(index, &q));
         let x = watch(Op::AttnOutput, index, sum(&x, &self.product(&name("attn_output.weight"), &heads)));
 

@@ -268,6 +268,7 @@ pub fn layer(
     let norm = |gamma| Some(Norm { gamma, eps: rms_eps });
 
     queries_keys_values(device, weights, settings, norm(&weights.attn_norm), cache, b, tokens)?;
+    probe.beside(Op::KvAppend, index, device, &*cache)?;
     probe.after(Op::QRope, index, device, &b.q)?;
     match tokens {
         Tokens::One => {

@@ -7,7 +7,8 @@ use std::fmt;
 
 /// An operation of the forward pass, named for what it leaves in its buffer.
 ///
-/// The fused pass does several in one kernel and names the last of them. What is in Q8_1 is handed back as the numbers
+/// The fused pass does several in one kernel and names the last of them; it also stops at [`KvAppend`](Self::KvAppend), which
+/// one of these does besides. What is in Q8_1 is handed back as the numbers
 /// that it stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
@@ -111,9 +112,22 @@ impl Probe<'_> {
         device: &Device,
         buffer: &impl Values,
     ) -> Result<(), Halt> {
+        self.beside(op, layer, device, buffer)?;
+        Ok(self.passed(op, layer)?)
+    }
+
+    /// To be called with what a fused operation has left beside the buffer that it is named for: a run can stop for it, but
+    /// it is no operation of its own.
+    pub(super) fn beside(
+        &self,
+        op: Op,
+        layer: usize,
+        device: &Device,
+        buffer: &impl Values,
+    ) -> Result<(), Halt> {
         match self {
             Probe::StopAt(point) if *point == (Point { op, layer }) => Err(Halt::At(buffer.values(device)?)),
-            _ => Ok(self.passed(op, layer)?),
+            _ => Ok(()),
         }
     }
 
