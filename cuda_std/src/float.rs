@@ -3,6 +3,38 @@
 //! On a GPU they use its fast instructions, elsewhere plain arithmetic without a call into a mathematics library. Each
 //! is within two units in the last place where nothing else is said, so GPU and CPU may differ by a few.
 
+/// One PTX instruction of one operand or two.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! ptx {
+    ($instruction:literal, $x:expr) => {{
+        let result;
+        // SAFETY: arithmetic alone.
+        unsafe {
+            core::arch::asm!(
+                concat!($instruction, " {result}, {x};"),
+                result = out(reg32) result,
+                x = in(reg32) $x,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        result
+    }};
+    ($instruction:literal, $a:expr, $b:expr) => {{
+        let result;
+        // SAFETY: arithmetic alone.
+        unsafe {
+            core::arch::asm!(
+                concat!($instruction, " {result}, {a}, {b};"),
+                result = out(reg32) result,
+                a = in(reg32) $a,
+                b = in(reg32) $b,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        result
+    }};
+}
+
 mod bfloat;
 mod half;
 
@@ -15,24 +47,6 @@ use core::f32::consts::LOG2_E;
 
 /// Adding and taking away 1.5 * 2^23 rounds to an integer, which then ends the mantissa.
 const ROUND: f32 = 12_582_912.0;
-
-/// One PTX instruction of one operand.
-#[cfg(target_arch = "nvptx64")]
-macro_rules! ptx {
-    ($instruction:literal, $x:expr) => {{
-        let result: f32;
-        // SAFETY: arithmetic alone.
-        unsafe {
-            core::arch::asm!(
-                concat!($instruction, " {result}, {x};"),
-                result = out(reg32) result,
-                x = in(reg32) $x,
-                options(pure, nomem, nostack, preserves_flags),
-            );
-        }
-        result
-    }};
-}
 
 /// `|x|`.
 #[inline(always)]
@@ -90,20 +104,7 @@ pub fn sqrt(x: f32) -> f32 {
 #[inline(always)]
 pub fn div_approx(a: f32, b: f32) -> f32 {
     cfg_select! {
-        target_arch = "nvptx64" => {
-            let result: f32;
-            // SAFETY: arithmetic alone.
-            unsafe {
-                core::arch::asm!(
-                    "div.approx.f32 {result}, {a}, {b};",
-                    result = out(reg32) result,
-                    a = in(reg32) a,
-                    b = in(reg32) b,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            result
-        }
+        target_arch = "nvptx64" => ptx!("div.approx.f32", a, b),
         _ => a / b,
     }
 }
@@ -133,7 +134,7 @@ pub fn round_ties_even(x: f32) -> f32 {
 }
 
 /// The nearest integer, the even one of two that are equally near, in two's complement in the lowest 22 bits; what is above
-/// them means nothing. For `|x|` of at most 2^21. One addition, where a conversion takes an instruction that comes eight times
+/// them means nothing. For `x` from -2^21 to 2^21 - 1. One addition, where a conversion takes an instruction that comes eight times
 /// as slowly and others that see to numbers which are too large.
 #[inline(always)]
 pub fn low_bits_of_integer(x: f32) -> u32 {
@@ -306,6 +307,14 @@ mod tests {
         worst("rsqrt", rsqrt, |x| 1.0 / x.sqrt(), |x| x > 0.0, 1.5);
         worst("floor", floor, f64::floor, |_| true, 0.0);
         worst("round_ties_even", round_ties_even, f64::round_ties_even, |_| true, 0.0);
+    }
+
+    #[test]
+    fn integers_end_the_mantissa() {
+        for x in [0.0f32, 0.5, 1.5, -0.5, -1.5, 126.5, -127.0, 63.49, -63.51, 2_097_151.0, -2_097_152.0] {
+            let bits = low_bits_of_integer(x) << 10;
+            assert_eq!(bits as i32 >> 10, x.round_ties_even() as i32, "{x}");
+        }
     }
 
     #[test]

@@ -275,6 +275,7 @@ mod tests {
 
     #[test]
     fn bytes_are_counted_from_the_lowest() {
+        assert_eq!(low_bytes([0x1122_33ff, 0xffff_ff01, 0x7f, 0x0000_0180]), 0x80_7f_01_ff);
         let word = 0x80_7f_01_ff;
         assert_eq!([0, 1, 2, 3].map(|i| byte(word, i)), [255, 1, 127, 128]);
         assert_eq!([0, 1, 2, 3].map(|i| signed_byte(word, i)), [-1, 1, 127, -128]);

@@ -388,7 +388,7 @@ unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
 #[inline(always)]
 fn reduce<const HEADS: usize>(scores: [[f32; 2]; HEADS], lanes: u32) -> [[f32; 2]; HEADS] {
     // As one list, of a length that is known for each number of heads.
-    let mut list = [0.0f32; 8];
+    let mut list = [0.0f32; 2 * MAX_HEADS];
     for head in 0..HEADS {
         list[2 * head] = scores[head][0];
         list[2 * head + 1] = scores[head][1];

@@ -185,13 +185,18 @@ fn head_sizes_that_kernels_cannot_take_are_refused() {
     let step = device.alloc_from(&[Step::default()]).unwrap();
     let (q, mut out) = (device.alloc_from(&[0.0f32; 96]).unwrap(), device.alloc_from(&[0.0f32; 96]).unwrap());
     let shape = AttentionShape { n_head: 3, scale: 1.0, n_fresh: 1 };
-    let mut workspace = AttentionWorkspace::alloc(device, 2, 2, 32).unwrap();
-    let mut run = |shape| ops::attention(device, &q, &layer, &step, shape, &mut workspace, &mut out, None);
-    let error = run(shape).unwrap_err().to_string();
+    let mut workspaces = [2, 4].map(|n_head| AttentionWorkspace::alloc(device, n_head, 2, 32).unwrap());
+    let mut run = |shape, workspace: usize| {
+        ops::attention(device, &q, &layer, &step, shape, &mut workspaces[workspace], &mut out, None)
+    };
+    let error = run(shape, 0).unwrap_err().to_string();
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
     let error = AttentionWorkspace::alloc(device, 3, 2, 32).unwrap_err().to_string();
     assert!(error.contains("3 query heads over 2 key-value heads"), "{error}");
-    let error = run(AttentionShape { n_head: 4, scale: 1.0, n_fresh: 1 }).unwrap_err().to_string();
+    let shape = AttentionShape { n_head: 4, scale: 1.0, n_fresh: 1 };
+    let error = run(shape, 0).unwrap_err().to_string();
+    assert!(error.contains("4 query heads over 2 key-value heads, the workspace is for 2 over 2"), "{error}");
+    let error = run(shape, 1).unwrap_err().to_string();
     assert!(error.contains("128 are needed"), "{error}");
 }
 

@@ -5,20 +5,7 @@
 #[inline(always)]
 pub fn f32_to_bf16x2(low: f32, high: f32) -> u32 {
     cfg_select! {
-        target_arch = "nvptx64" => {
-            let word;
-            // SAFETY: arithmetic alone.
-            unsafe {
-                core::arch::asm!(
-                    "cvt.rn.bf16x2.f32 {word}, {high}, {low};",
-                    word = out(reg32) word,
-                    high = in(reg32) high,
-                    low = in(reg32) low,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            word
-        }
+        target_arch = "nvptx64" => ptx!("cvt.rn.bf16x2.f32", high, low),
         _ => round(low) | round(high) << 16,
     }
 }
@@ -33,20 +20,7 @@ pub fn bf16x2_to_f32(word: u32) -> [f32; 2] {
 #[inline(always)]
 pub fn bf16x2_max(a: u32, b: u32) -> u32 {
     cfg_select! {
-        target_arch = "nvptx64" => {
-            let word;
-            // SAFETY: arithmetic alone.
-            unsafe {
-                core::arch::asm!(
-                    "max.bf16x2 {word}, {a}, {b};",
-                    word = out(reg32) word,
-                    a = in(reg32) a,
-                    b = in(reg32) b,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            word
-        }
+        target_arch = "nvptx64" => ptx!("max.bf16x2", a, b),
         _ => {
             let ([a_low, a_high], [b_low, b_high]) = (bf16x2_to_f32(a), bf16x2_to_f32(b));
             a_low.max(b_low).to_bits() >> 16 | a_high.max(b_high).to_bits() & 0xffff_0000
@@ -66,6 +40,18 @@ fn round(value: f32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_larger_of_each_half() {
+        let word = |low: f32, high: f32| low.to_bits() >> 16 | high.to_bits() & 0xffff_0000;
+        for (a, b, expected) in [
+            ([1.0, -2.0], [0.5, -1.0], [1.0, -1.0]),
+            ([f32::NAN, 3.0], [-4.0, f32::NAN], [-4.0, 3.0]),
+            ([f32::INFINITY, 0.0], [1.0, f32::NEG_INFINITY], [f32::INFINITY, 0.0]),
+        ] {
+            assert_eq!(bf16x2_to_f32(bf16x2_max(word(a[0], a[1]), word(b[0], b[1]))), expected);
+        }
+    }
 
     /// Every number that lies between two bfloat16 goes to the nearer one, in the middle to the even one.
     #[test]

@@ -69,20 +69,7 @@ pub fn f32_to_f16(value: f32) -> u16 {
 #[inline(always)]
 pub fn f32_to_f16x2(low: f32, high: f32) -> u32 {
     cfg_select! {
-        target_arch = "nvptx64" => {
-            let word;
-            // SAFETY: arithmetic alone.
-            unsafe {
-                core::arch::asm!(
-                    "cvt.rn.f16x2.f32 {word}, {high}, {low};",
-                    word = out(reg32) word,
-                    high = in(reg32) high,
-                    low = in(reg32) low,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            word
-        }
+        target_arch = "nvptx64" => ptx!("cvt.rn.f16x2.f32", high, low),
         _ => u32::from(f32_to_f16(low)) | u32::from(f32_to_f16(high)) << 16,
     }
 }

@@ -20,6 +20,23 @@ pub(super) unsafe fn init(barrier: u32, arrivals: u32) {
     }
 }
 
+/// Has the barrier count this thread once all that it has started to copy (cp.async) has arrived.
+///
+/// # Safety
+/// `barrier` is the address of one.
+#[cfg(not(cuda_sm_90))]
+#[inline(always)]
+pub(super) unsafe fn arrive_with_copies(barrier: u32) {
+    // SAFETY: the caller vouches for the address.
+    unsafe {
+        core::arch::asm!(
+            "cp.async.mbarrier.arrive.noinc.shared.b64 [{barrier}];",
+            barrier = in(reg32) barrier,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
 /// Waits until the barrier at this address has completed a round of this parity.
 ///
 /// # Safety

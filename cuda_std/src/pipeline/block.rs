@@ -202,24 +202,14 @@ impl BlockCopies {
                 }
             }
             _ => {
-                for piece in pieces {
-                    let mut at = thread_idx_x() * 16;
-                    while at < piece.bytes {
-                        // SAFETY: the caller vouches for the pieces.
-                        unsafe {
-                            let from = piece.from.add(at as usize).cast();
-                            super::copy_async_u32x4(self.memory, (place + piece.to + at / 4) as usize, from);
-                        }
-                        at += block_dim_x() * 16;
-                    }
-                }
-                // SAFETY: the barrier is the ring's; it counts this thread once its copies have arrived.
+                // SAFETY: the caller vouches for the pieces; the barrier is the ring's.
                 unsafe {
-                    core::arch::asm!(
-                        "cp.async.mbarrier.arrive.noinc.shared.b64 [{barrier}];",
-                        barrier = in(reg32) barrier,
-                        options(nostack, preserves_flags),
-                    );
+                    for piece in pieces {
+                        let (thread, n_threads) = (thread_idx_x(), block_dim_x());
+                        let to = place + piece.to;
+                        super::copy_in_turns(self.memory, to, piece.from, piece.bytes, thread, n_threads);
+                    }
+                    barrier::arrive_with_copies(barrier);
                 }
             }
         }

@@ -126,22 +126,10 @@ impl PacedCopy {
                 }
             }
             _ => {
-                let mut at = lane_id() * 16;
-                while at < bytes {
-                    // SAFETY: the caller vouches for the source.
-                    unsafe {
-                        let from = from.add(at as usize).cast();
-                        super::copy_async_u32x4(self.memory, (to + at / 4) as usize, from);
-                    }
-                    at += crate::warp::WARP_SIZE * 16;
-                }
-                // SAFETY: the barrier is the block's; it counts this lane once its copies have arrived.
+                // SAFETY: the caller vouches for the source; the barrier is the block's.
                 unsafe {
-                    core::arch::asm!(
-                        "cp.async.mbarrier.arrive.noinc.shared.b64 [{barrier}];",
-                        barrier = in(reg32) barrier,
-                        options(nostack, preserves_flags),
-                    );
+                    super::copy_in_turns(self.memory, to, from, bytes, lane_id(), crate::warp::WARP_SIZE);
+                    barrier::arrive_with_copies(barrier);
                 }
             }
         }

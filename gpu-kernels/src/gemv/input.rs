@@ -23,7 +23,8 @@ pub struct Input {
     pub values: *const f32,
     /// On the exact path `[n]` likewise, the factors of RMSNorm; null where nothing is normalised.
     pub gamma: *const f32,
-    /// `[n_squares]`, at a multiple of 16 bytes and readable up to one, which add up to the sum of the squares of the vector that is to be normalised.
+    /// `[n_squares]`, at a multiple of 16 bytes and readable up to one: they add up to the sum of the squares of the vector that
+    /// is to be normalised.
     pub squares: *const f32,
     /// How many there are: none where nothing is normalised.
     pub n_squares: u32,

@@ -380,7 +380,7 @@ impl Work {
     }
 }
 
-/// Multiplies one of `matrices`, which lie one below the other, with the vector, and finishes its quads: those of this block.
+/// Multiplies this block's band of one of `matrices`, which lie one below the other, with the vector, and finishes its quads.
 ///
 /// # Safety
 /// The matrices are as their fields say, all of `input.n` columns; the input and the epilogue keep their contracts;
@@ -476,9 +476,16 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     }
 }
 
+/// Most threads of a block, which the kernels' launch bounds have to repeat as a number.
+const fn most_threads<D: Dots>() -> u32 {
+    WARP_SIZE * if D::IN_SLABS { ANY_WARPS } else { WARPS }
+}
+
 /// The kernels of a module for activations `$X` and products `$D`.
 macro_rules! define_kernels {
-    ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty) => {
+    ($module:ident, $threads:literal, $X:ident, $D:ty) => {
+        const _: () = assert!($threads == most_threads::<$D>());
+
         /// `y = W x`, `x` normalised first where the input says so.
         ///
         /// # Safety
@@ -495,7 +502,7 @@ macro_rules! define_kernels {
         /// # Thread mapping
         /// A block takes a band of quads, each of its warps some tiles of some of them, a lane one unit of four rows; one
         /// thread finishes a quad. Blocks of as many warps as the schedule says, and one more where that copies.
-        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 1))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -511,7 +518,7 @@ macro_rules! define_kernels {
         ///
         /// # Thread mapping
         /// As [`gemv`].
-        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 1))]
         pub unsafe fn gemv_add(matrix: MatrixRef, input: Input, schedule: Schedule, output: Add) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -529,7 +536,7 @@ macro_rules! define_kernels {
         ///
         /// # Thread mapping
         /// As [`gemv`].
-        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 1))]
         pub unsafe fn gemv_swiglu(matrix: MatrixRef, input: Input, schedule: Schedule, output: Swiglu) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
             unsafe { run::<$X, $D, _, 1>([matrix], input, schedule, output) }
@@ -542,7 +549,9 @@ macro_rules! define_kernels {
 }
 
 macro_rules! define_qkv {
-    ($module:ident, $threads:literal, $blocks:literal, $X:ident, $D:ty) => {
+    ($module:ident, $threads:literal, $X:ident, $D:ty) => {
+        const _: () = assert!($threads == most_threads::<$D>());
+
         /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended to
         /// the cache.
         ///
@@ -561,7 +570,7 @@ macro_rules! define_qkv {
         ///
         /// # Thread mapping
         /// As [`q4_k::gemv`](super::q4_k::gemv).
-        #[kernel(suffix = $module, overlapping, launch_bounds($threads, $blocks))]
+        #[kernel(suffix = $module, overlapping, launch_bounds($threads, 1))]
         pub unsafe fn gemv_qkv(
             q: MatrixRef,
             k: MatrixRef,
@@ -582,8 +591,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 640, 1, Q8_1, One<crate::formats::$Type>);
-            define_qkv!($module, 640, 1, Q8_1, One<crate::formats::$Type>);
+            define_kernels!($module, 640, Q8_1, One<crate::formats::$Type>);
+            define_qkv!($module, 640, Q8_1, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -592,21 +601,21 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, 640, 1, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 640, Q8_1, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
 /// Q8_1 activations, weights of any format, and quads of any length: much in one kernel.
 pub mod mixed {
     use super::*;
-    define_kernels!(mixed, 256, 1, Q8_1, Any);
-    define_qkv!(mixed, 256, 1, Q8_1, Any);
+    define_kernels!(mixed, 256, Q8_1, Any);
+    define_qkv!(mixed, 256, Q8_1, Any);
 }
 
 /// f32 activations, weights of any format, and quads of any length.
 pub mod exact {
     use super::*;
-    define_kernels!(exact, 256, 1, F32Vector, Any);
-    define_qkv!(exact, 256, 1, F32Vector, Any);
+    define_kernels!(exact, 256, F32Vector, Any);
+    define_qkv!(exact, 256, F32Vector, Any);
 }
 
 macro_rules! define_ordered {
@@ -614,6 +623,8 @@ macro_rules! define_ordered {
         #[doc = concat!("`y = W x` or `y = W x + b` on ", stringify!($X), " activations, rows in any order.")]
         pub mod $suffix {
             use super::*;
+
+            const _: () = assert!($threads == most_threads::<Any>());
 
             /// `y = W x` or `y = W x + b`, rows in any order, weights of any format.
             ///

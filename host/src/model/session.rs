@@ -7,7 +7,7 @@ use super::trace::{Halt, Op, Point, Probe};
 use super::weights::GateUp;
 use super::{Fusion, Model, weights};
 use crate::device::{Buffer, HostBuffer, Recording, Signal};
-use crate::ops::{self, Chunk, KvCache};
+use crate::ops::{self, AttentionWorkspace, Chunk, KvCache};
 use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
@@ -385,12 +385,12 @@ impl<'m> Session<'m> {
     fn run(&mut self, kind: Kind, probe: Probe) -> Result<(), Halt> {
         self.has_logits = false;
         self.has_chosen = false;
-        let is_long = self.buffers.attention.suit(self.position + 1);
         if !matches!(probe, Probe::Nothing) {
             // A run that stops half-way waits for the device, and differs from the next one.
             return self.issue(kind, probe);
         }
         let device = &self.model.device;
+        let is_long = AttentionWorkspace::is_long(self.position + 1);
         let recorded = (usize::from(is_long), kind as usize);
         match &self.steps[recorded.0][recorded.1] {
             RecordedStep::Fresh => {
@@ -417,6 +417,7 @@ impl<'m> Session<'m> {
         let Model { device, config, settings, weights, .. } = self.model;
         let weights: &weights::Weights = weights;
         let b = &mut self.buffers;
+        b.attention.suit(self.position + 1);
         let logits = if kind == Kind::Prompt { None } else { Some(&mut self.logits) };
         forward(device, weights, settings, &mut self.caches, b, Tokens::One, logits, probe)?;
         if kind == Kind::Choice {

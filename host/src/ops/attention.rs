@@ -5,7 +5,6 @@ use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
 use cuda_std::tensor::PANEL_DEPTH;
 use gpu_kernels::attention::MAX_SPLITS;
-use gpu_kernels::operand::Operand;
 use gpu_kernels::prefill_attention::{self as prefill_kernel, MAX_WARPS, WARP_TOKENS};
 use gpu_kernels::step::Step;
 use gpu_kernels::{attention as attention_kernel, kv_cache, rope as rope_kernel};
@@ -107,6 +106,8 @@ struct Deal {
 /// What blocks that share a context leave for the last of them, and how many there are.
 #[derive(Debug)]
 pub struct AttentionWorkspace {
+    n_head: usize,
+    n_head_kv: usize,
     /// For short contexts and for long ones.
     deals: [Deal; 2],
     is_long: bool,
@@ -163,6 +164,8 @@ impl AttentionWorkspace {
         let most = |of: fn(&Deal) -> usize| deals.iter().map(of).max().unwrap_or(0);
         let (n_splits, blocks_per_kv) = (most(|deal| deal.n_splits), most(|deal| deal.blocks_per_kv));
         Ok(Self {
+            n_head,
+            n_head_kv,
             deals,
             is_long: false,
             values: device.alloc(n_splits * n_head * head_dim)?,
@@ -171,10 +174,14 @@ impl AttentionWorkspace {
         })
     }
 
-    /// From now on it is for a context of about `length` positions, which bears on speed alone. Says whether that is long.
-    pub fn suit(&mut self, length: usize) -> bool {
-        self.is_long = length > SHORT;
-        self.is_long
+    /// Whether a context of `length` positions is long: attention is dealt out in another way then.
+    pub fn is_long(length: usize) -> bool {
+        length > SHORT
+    }
+
+    /// From now on it is for a context of about `length` positions, which bears on speed alone.
+    pub fn suit(&mut self, length: usize) {
+        self.is_long = Self::is_long(length);
     }
 }
 
@@ -207,7 +214,13 @@ pub fn attention<'a>(
     next: Option<Next>,
 ) -> Result<()> {
     let (cache, AttentionShape { n_head, scale, n_fresh }) = (cache.into(), shape);
-    deal_heads(n_head, cache.n_head_kv, attention_kernel::MAX_HEADS)?;
+    ensure!(
+        (n_head, cache.n_head_kv) == (workspace.n_head, workspace.n_head_kv),
+        "attention: {n_head} query heads over {} key-value heads, the workspace is for {} over {}",
+        cache.n_head_kv,
+        workspace.n_head,
+        workspace.n_head_kv
+    );
     let Deal { heads, blocks_per_kv, n_splits } = workspace.deals[usize::from(workspace.is_long)];
     let n_rows = cache.n_head_kv * blocks_per_kv;
     at_least("attention", "q", q, n_head * cache.head_dim)?;
@@ -216,13 +229,9 @@ pub fn attention<'a>(
     at_least("attention", "workspace.values", &workspace.values, n_splits * n_head * cache.head_dim)?;
     at_least("attention", "workspace.sums", &workspace.sums, n_splits * n_head * 2)?;
     at_least("attention", "workspace.n_ended", &workspace.n_ended, n_rows)?;
-    let operand = match next {
-        Some(mut next) => {
-            ensure!(next.gamma.is_none(), "attention: its result is not normalised");
-            next.as_ref("attention", n_head * cache.head_dim, n_splits * n_rows)?
-        }
-        None => Operand::NOTHING,
-    };
+    let is_plain = next.as_ref().is_none_or(|next| next.gamma.is_none());
+    ensure!(is_plain, "attention: its result is not normalised");
+    let operand = Next::of_launch(next, "attention", n_head * cache.head_dim, n_splits * n_rows)?;
     let arguments = attention_kernel::Arguments {
         q: q.as_ptr(),
         k_cache: cache.k,

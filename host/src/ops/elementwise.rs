@@ -5,7 +5,7 @@ use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
 use gpu_kernels::activations::{OCTET, Q8_1_BLOCK};
 use gpu_kernels::formats::UNIT;
-use gpu_kernels::operand::{self, Operand};
+use gpu_kernels::operand;
 use gpu_kernels::rows::RowOrder;
 use gpu_kernels::sample::{self as sample_kernel, SamplingParameters};
 use gpu_kernels::step::Step;
@@ -44,13 +44,8 @@ pub fn embed(
     let threads = weights.n_cols().div_ceil(UNIT).max(pairs);
     let mut config = launch_1d(threads.div_ceil(embed_kernel::BLOCK_DIM), embed_kernel::BLOCK_DIM)?;
     config.grid[1] = n_tokens as u32;
-    let operand = match next {
-        Some(mut next) => {
-            ensure!(n_tokens == 1, "embed: an operand is of one token, found {n_tokens}");
-            next.as_ref("embed", weights.n_cols(), config.grid[0] as usize)?
-        }
-        None => Operand::NOTHING,
-    };
+    ensure!(next.is_none() || n_tokens == 1, "embed: an operand is of one token, found {n_tokens}");
+    let operand = Next::of_launch(next, "embed", weights.n_cols(), config.grid[0] as usize)?;
     let arguments = (
         weights.as_ref()?,
         steps.as_ptr(),
@@ -91,10 +86,10 @@ pub fn rms_norm(
 ///
 /// # Errors
 /// When the operand is not of as many values, or the launch fails.
-pub fn make_operand(device: &Device, x: &Buffer<f32>, mut next: Next) -> Result<()> {
+pub fn make_operand(device: &Device, x: &Buffer<f32>, next: Next) -> Result<()> {
     aligned("make_operand", "x", x, x.len())?;
     let config = launch_1d(x.len().div_ceil(operand::BLOCK_DIM * OCTET), operand::BLOCK_DIM)?;
-    let operand = next.as_ref("make_operand", x.len(), config.grid[0] as usize)?;
+    let operand = Next::of_launch(Some(next), "make_operand", x.len(), config.grid[0] as usize)?;
     // SAFETY: the lengths are checked.
     unsafe { device.launch(&operand::MAKE_OPERAND, config, (x.as_ptr(), dim(x.len())?, operand)) }
 }

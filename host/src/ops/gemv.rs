@@ -9,8 +9,9 @@ use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::TILE_UNITS;
 use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
-use gpu_kernels::gemv::{self as kernels, ANY_WARPS, Kernels, MAX_QUADS, MatrixRef, Schedule, Shares, WARPS};
-use gpu_kernels::operand::Operand;
+use gpu_kernels::gemv::{
+    self as kernels, ANY_WARPS, Kernels, MAX_QUADS, MatrixRef, QkvKernel, Schedule, Shares, WARPS,
+};
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
@@ -36,8 +37,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     let is_plain = norm.is_none();
     let input = input("gemv", weights, x, norm)?;
     let matrix = weights.as_ref()?;
-    let own = own_kernels(device, weights, x);
-    let (kernels, family) = own.map_or((any_kernels(x), Family::Any), |kernels| (kernels, Family::Own));
+    let (kernels, family) = kernels(device, weights, x);
     let is_natural = weights.order() == RowOrder::NATURAL;
     let ordered_output = match output {
         Output::Set(y) if is_natural => {
@@ -52,7 +52,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
             ensure!(is_plain, "gemv: an input that is to be normalised has a product that is not added");
             let (schedule, config) = schedule::<Add>(device, &[weights], family)?;
-            let operand = operand("gemv", next, weights.n_rows(), config)?;
+            let operand = Next::of_launch(next, "gemv", weights.n_rows(), config.grid[0] as usize)?;
             let output = Add { y: y.as_mut_ptr(), operand };
             // SAFETY: as above.
             return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
@@ -76,14 +76,6 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
 }
 
-/// What the next product reads, as a launch passes it.
-fn operand(operation: &str, next: Option<Next>, n: usize, config: LaunchConfig) -> Result<Operand> {
-    match next {
-        Some(mut next) => next.as_ref(operation, n, config.grid[0] as usize),
-        None => Ok(Operand::NOTHING),
-    }
-}
-
 /// Kernels for one format, whose quads have to fit shared memory, or for any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Family {
@@ -91,14 +83,23 @@ enum Family {
     Any,
 }
 
-/// The kernels of the matrix's own format, where there are any that take the input and it.
-fn own_kernels(device: &Device, matrix: &Matrix, x: Input) -> Option<Kernels> {
-    if x.is_exact() || is_long(device, matrix) { None } else { kernels::own_kernels(matrix.format()) }
+/// The kernels for an input and a matrix: of its own format where there are any that take both.
+fn kernels(device: &Device, matrix: &Matrix, x: Input) -> (Kernels, Family) {
+    if x.is_exact() {
+        return (kernels::exact::KERNELS, Family::Any);
+    }
+    let own = kernels::own_kernels(matrix.format()).filter(|_| !is_long(device, matrix));
+    own.map_or((kernels::mixed::KERNELS, Family::Any), |own| (own, Family::Own))
 }
 
-/// Those for any format.
-fn any_kernels(x: Input) -> Kernels {
-    if x.is_exact() { kernels::exact::KERNELS } else { kernels::mixed::KERNELS }
+/// Likewise the kernel for queries, keys and values.
+fn qkv_kernel(device: &Device, matrices: [&Matrix; 3], x: Input) -> (&'static QkvKernel, Family) {
+    if x.is_exact() {
+        return (&kernels::exact::GEMV_QKV, Family::Any);
+    }
+    let fit = matrices.iter().all(|matrix| !is_long(device, matrix));
+    let own = kernels::own_qkv_kernel(matrices.map(Matrix::format)).filter(|_| fit);
+    own.map_or((&kernels::mixed::GEMV_QKV, Family::Any), |own| (own, Family::Own))
 }
 
 /// Whether a quad does not fit shared memory.
@@ -131,10 +132,9 @@ pub fn gemv_swiglu(
     );
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
-    let own = own_kernels(device, gate_up, x);
-    let (kernels, family) = own.map_or((any_kernels(x), Family::Any), |kernels| (kernels, Family::Own));
+    let (kernels, family) = kernels(device, gate_up, x);
     let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], family)?;
-    let operand = operand("gemv_swiglu", next, gate_up.n_rows() / 2, config)?;
+    let operand = Next::of_launch(next, "gemv_swiglu", gate_up.n_rows() / 2, config.grid[0] as usize)?;
     let output = Swiglu { y: y.as_mut_ptr(), operand };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
     unsafe { device.launch(kernels.gemv_swiglu, config, (gate_up.as_ref()?, input, schedule, output)) }
@@ -185,10 +185,7 @@ pub fn gemv_qkv(
     at_least("gemv_qkv", "rotation", rotation, rope.frequencies.len())?;
     at_least("gemv_qkv", "step", step, 1)?;
     let output = qkv_output(weights, rope, rotation, step, q, cache)?;
-    let is_own = !x.is_exact() && weights.matrices.iter().all(|matrix| !is_long(device, matrix));
-    let own = kernels::own_qkv_kernel(weights.matrices.map(Matrix::format)).filter(|_| is_own);
-    let any = if x.is_exact() { &kernels::exact::GEMV_QKV } else { &kernels::mixed::GEMV_QKV };
-    let (kernel, family) = own.map_or((any, Family::Any), |kernel| (kernel, Family::Own));
+    let (kernel, family) = qkv_kernel(device, weights.matrices, x);
     let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, family)?;
     let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
     // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.

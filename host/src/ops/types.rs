@@ -78,9 +78,7 @@ impl Operand {
             n_squares: 0,
         })
     }
-}
 
-impl Operand {
     /// Waits for the device and brings the values; none on the exact path.
     ///
     /// # Errors
@@ -112,16 +110,23 @@ pub struct Next<'a> {
 }
 
 impl Next<'_> {
-    /// As a launch of `n_blocks` blocks that makes `n` values passes it.
-    pub(super) fn as_ref(&mut self, operation: &str, n: usize, n_blocks: usize) -> Result<KernelOperand> {
-        let Operand { len, words, squares, n_squares } = &mut *self.operand;
+    /// What a launch of `n_blocks` blocks that makes `n` values is to leave, and notes that it does; nothing where nothing is
+    /// wanted.
+    pub(super) fn of_launch(
+        next: Option<Self>,
+        operation: &str,
+        n: usize,
+        n_blocks: usize,
+    ) -> Result<KernelOperand> {
+        let Some(Self { operand, gamma }) = next else { return Ok(KernelOperand::NOTHING) };
+        let Operand { len, words, squares, n_squares } = operand;
         ensure!(*len == n, "{operation}: an operand of {len} values for a result of {n}");
         let mut operand = KernelOperand::NOTHING;
         if !words.is_empty() {
             operand.words = words.as_mut_ptr();
         }
         *n_squares = 0;
-        if let Some(gamma) = self.gamma {
+        if let Some(gamma) = gamma {
             ensure!(gamma.len() == n, "{operation}: gamma has {} values, the vector {n}", gamma.len());
             aligned(operation, "gamma", gamma, n)?;
             at_least(operation, "squares", squares, n_blocks)?;
