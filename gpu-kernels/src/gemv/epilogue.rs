@@ -194,6 +194,7 @@ impl Epilogue for Add {
         unsafe {
             store(self.y, quad, matrix.n_rows, [v0, v1, v2, v3]);
             if !self.operand.words.is_null() {
+                // What lies beyond the factors' end may be anything.
                 let scaled = |value: f32, gamma: f32| if value == 0.0 { 0.0 } else { value * gamma };
                 let values = [scaled(v0, g0), scaled(v1, g1), scaled(v2, g2), scaled(v3, g3)];
                 self.operand.store_4(first as usize, values);
