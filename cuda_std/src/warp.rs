@@ -15,7 +15,9 @@ mod shuffle;
 mod vote;
 
 pub use reduce::{Reduce, warp_reduce_add, warp_reduce_add_4, warp_reduce_add_n, warp_reduce_max};
-pub use shuffle::{Shuffle, warp_shuffle_down, warp_shuffle_idx, warp_shuffle_up, warp_shuffle_xor};
+pub use shuffle::{
+    Shuffle, warp_shuffle_down, warp_shuffle_idx, warp_shuffle_up, warp_shuffle_xor, warp_shuffle_xor_n,
+};
 pub use vote::{sync_warp, warp_vote_all, warp_vote_any, warp_vote_ballot};
 
 /// Lanes in a warp.

@@ -16,8 +16,11 @@ use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::float::{exp2, max, mul_add};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, prefetch_l2, st_global_u32x4};
+use cuda_std::shared::Shared;
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_add_n, warp_reduce_max};
+use cuda_std::warp::{
+    FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_add_n, warp_reduce_max, warp_shuffle_xor_n,
+};
 use cuda_std::{kernel, shared_array};
 
 /// Warps in a block.
@@ -39,10 +42,8 @@ const _: () = assert!(MAX_SPLITS <= SPLIT_POSITIONS as usize);
 
 /// Dimensions that a lane holds: 16 bytes of f16.
 const DIMS: usize = 8;
-/// Fewest lanes that share a position.
-const MIN_LANES: usize = 8;
-/// Most parts that a block combines: groups of lanes in all its warps.
-const MAX_PARTS: usize = WARPS * WARP_SIZE as usize / MIN_LANES;
+/// Query heads times positions that a group of lanes takes at a time.
+const SCORES: usize = 8;
 /// What no score is below; finite, so that differences are numbers.
 const LOWEST: f32 = -1e30;
 
@@ -84,6 +85,8 @@ pub struct Arguments {
     pub n_splits: u32,
     /// Positions up to the step's, counted back from it, that the kernels just before have written.
     pub n_fresh: u32,
+    /// How often a block goes through its work, with nothing to show for it, before it waits for the kernel before.
+    pub rehearsals: u32,
     /// The factor of the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
@@ -92,18 +95,22 @@ pub struct Arguments {
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Arguments {}
 
-/// Attention of `HEADS` query heads over a block's positions.
+/// Attention of `HEADS` query heads over a block's positions, of which a group of lanes takes `POSITIONS` at a time.
+///
+/// A launch has few blocks, which come to other multiprocessors each time: what they run is not in the instruction caches, and
+/// comes from the L2 cache while everybody waits for attention (2 us of 3, docs/performance.md, version 7). So a block that has to
+/// wait for the kernel before rehearses meanwhile.
 ///
 /// # Safety
 /// The arguments are as their fields say; the cache is written at positions `0..=step.position`, which is below `n_ctx`.
 #[inline(always)]
-unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
-    // Of each part: the values of all heads, and their largest scores and sums.
-    let part_values = shared_array!(ATTENTION_VALUES: [f32; WARPS * MAX_HEADS * MAX_HEAD_DIM]);
-    let part_max = shared_array!(ATTENTION_MAX: [f32; MAX_PARTS * MAX_HEADS]);
-    let part_sum = shared_array!(ATTENTION_SUM: [f32; MAX_PARTS * MAX_HEADS]);
-    // Of each head: largest score and sum over all parts. And whether this block is the last.
-    let total = shared_array!(ATTENTION_TOTAL: [f32; 2 * MAX_HEADS]);
+unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Arguments) {
+    const { assert!(HEADS * POSITIONS <= SCORES) };
+    // Of each warp: the values of all heads, and their largest scores and sums.
+    let warp_values = shared_array!(ATTENTION_VALUES: [f32; WARPS * MAX_HEADS * MAX_HEAD_DIM]);
+    let warp_max = shared_array!(ATTENTION_MAX: [f32; WARPS * MAX_HEADS]);
+    let warp_sum = shared_array!(ATTENTION_SUM: [f32; WARPS * MAX_HEADS]);
+    // Whether this block is the last.
     let is_last = shared_array!(ATTENTION_LAST: [u32; 1]);
 
     let (thread, split, row) = (thread_idx_x(), block_idx_x(), block_idx_y());
@@ -122,164 +129,209 @@ unsafe fn attend<C: KvCodec, const HEADS: usize>(a: Arguments) {
     let n_active = length.div_ceil(SPLIT_POSITIONS).min(a.n_splits);
     let per_split = length.div_ceil(n_active);
     let (start, end) = (split * per_split, (split * per_split + per_split).min(length));
-    let is_active = split < n_active;
+    // Blocks that have nothing to do make room for the next kernel's; those that have wait, for all.
+    if split >= n_active {
+        return;
+    }
     let head_offset = kv_head as usize * a.n_ctx as usize * a.head_dim as usize;
-    if is_active && thread < 2 {
+    let stride = WARPS as u32 * per_warp;
+    let first = start + group;
+    if thread < 2 {
         // All but the last positions were written in earlier steps: they are on their way before the wait.
         let cache = if thread == 0 { a.k_cache } else { a.v_cache };
         let from = head_offset + (start * a.head_dim) as usize;
         let from = cache.values.wrapping_add(from * C::VALUE_BYTES as usize);
         prefetch_l2(from, (end - start) * a.head_dim * C::VALUE_BYTES);
     }
-    // Blocks that have nothing to do make room for the next kernel's; those that have wait, for all.
-    if !is_active {
-        return;
-    }
-    let (keys, values) = (a.k_cache, a.v_cache);
-    let load = |from: KvRef, position: u32, end: u32| -> C::Raw {
-        if position < end && has_dims {
-            let at = head_offset + first_dim as usize + position as usize * a.head_dim as usize;
-            // SAFETY: the position is written.
-            unsafe { C::fetch(from, at) }
+    let fetch = |from: KvRef, first: u32, end: u32| -> [C::Raw; POSITIONS] {
+        core::array::from_fn(|i| {
+            let position = first + i as u32 * stride;
+            if position < end && has_dims {
+                let at = head_offset + first_dim as usize + position as usize * a.head_dim as usize;
+                // SAFETY: the position is written.
+                unsafe { C::fetch(from, at) }
+            } else {
+                C::ZEROS
+            }
+        })
+    };
+    let (mut keys, mut values) = ([C::ZEROS; POSITIONS], [C::ZEROS; POSITIONS]);
+    // A block of several heads has no registers for it: a context that is worth one is long.
+    let mut rehearsals = if HEADS == 1 { a.rehearsals } else { 0 };
+    loop {
+        let is_real = HEADS > 1 || rehearsals == 0;
+        if is_real {
+            // The first of them go into registers. Those that are fresh are there after the wait only.
+            let settled = length.saturating_sub(a.n_fresh);
+            (keys, values) =
+                (fetch(a.k_cache, first, end.min(settled)), fetch(a.v_cache, first, end.min(settled)));
+            wait_for_previous();
+            if first + (POSITIONS as u32 - 1) * stride >= settled {
+                (keys, values) = (fetch(a.k_cache, first, end), fetch(a.v_cache, first, end));
+            }
+        }
+        // Weights are powers of 2: the scores' factor turns e^x into 2^x.
+        let factor = a.scale * LOG2_E;
+        let query = |head: u32| -> [f32; DIMS] {
+            if is_real && has_dims && head < n_heads {
+                // SAFETY: the head is one of the query's, the dimensions are inside it.
+                unsafe {
+                    let q = a.q.add(((first_head + head) * a.head_dim + first_dim) as usize);
+                    let [q0, q1, q2, q3] =
+                        ld_global_u32x4(q.cast()).map(|bits| f32::from_bits(bits) * factor);
+                    let [q4, q5, q6, q7] =
+                        ld_global_u32x4(q.add(4).cast()).map(|bits| f32::from_bits(bits) * factor);
+                    [q0, q1, q2, q3, q4, q5, q6, q7]
+                }
+            } else {
+                [0.0; DIMS]
+            }
+        };
+        let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
+        let mut largest = [LOWEST; HEADS];
+        let mut sum = [0.0f32; HEADS];
+        let mut value = [[0.0f32; DIMS]; HEADS];
+        let mut position = first;
+        // The same for all lanes of a warp: those of later groups may have no position.
+        while position - lane / a.lanes < end {
+            let mut scores = [[0.0f32; POSITIONS]; HEADS];
+            for i in 0..POSITIONS {
+                let key = C::widen(keys[i]);
+                for head in 0..HEADS {
+                    for d in 0..DIMS {
+                        scores[head][i] = mul_add(q[head][d], key[d], scores[head][i]);
+                    }
+                }
+            }
+            // One meeting of the lanes for all scores.
+            let scores = reduce(scores, a.lanes);
+            let after = position + POSITIONS as u32 * stride;
+            let goes_on = is_real && after - lane / a.lanes < end;
+            if goes_on {
+                keys = fetch(a.k_cache, after, end);
+            }
+            let mut weights = scores;
+            for head in 0..HEADS {
+                let mut new = largest[head];
+                for i in 0..POSITIONS {
+                    if position + i as u32 * stride >= end {
+                        weights[head][i] = f32::NEG_INFINITY;
+                    }
+                    new = max(new, weights[head][i]);
+                }
+                let correction = exp2(largest[head] - new);
+                largest[head] = new;
+                sum[head] *= correction;
+                value[head] = value[head].map(|value| value * correction);
+                for i in 0..POSITIONS {
+                    weights[head][i] = exp2(weights[head][i] - new);
+                    sum[head] += weights[head][i];
+                }
+            }
+            for i in 0..POSITIONS {
+                let from = C::widen(values[i]);
+                for head in 0..HEADS {
+                    for d in 0..DIMS {
+                        value[head][d] = mul_add(weights[head][i], from[d], value[head][d]);
+                    }
+                }
+            }
+            if !goes_on {
+                break;
+            }
+            values = fetch(a.v_cache, after, end);
+            position = after;
+        }
+
+        // The groups of a warp, and then the warps.
+        let mut distance = a.lanes;
+        while distance < WARP_SIZE {
+            for head in 0..HEADS {
+                let [v0, v1, v2, v3, v4, v5, v6, v7] = value[head];
+                let [other_max, other_sum, w0, w1, w2, w3, w4, w5, w6, w7] = warp_shuffle_xor_n(
+                    FULL_MASK,
+                    [largest[head], sum[head], v0, v1, v2, v3, v4, v5, v6, v7],
+                    distance,
+                );
+                let new = max(largest[head], other_max);
+                let (own, other) = (exp2(largest[head] - new), exp2(other_max - new));
+                largest[head] = new;
+                sum[head] = mul_add(sum[head], own, other_sum * other);
+                let others = [w0, w1, w2, w3, w4, w5, w6, w7];
+                value[head] = core::array::from_fn(|d| mul_add(value[head][d], own, others[d] * other));
+            }
+            distance *= 2;
+        }
+        let head_values = |warp: u32, head: u32| ((warp * HEADS as u32 + head) * a.head_dim) as usize;
+        if lane < a.lanes {
+            for head in 0..HEADS {
+                if has_dims {
+                    let at = head_values(warp, head as u32) + first_dim as usize;
+                    let [x0, x1, x2, x3, x4, x5, x6, x7] = value[head];
+                    warp_values.set4(at, [x0, x1, x2, x3]);
+                    warp_values.set4(at + 4, [x4, x5, x6, x7]);
+                }
+                if first_dim == 0 {
+                    warp_max.set(head * WARPS + warp as usize, largest[head]);
+                    warp_sum.set(head * WARPS + warp as usize, sum[head]);
+                }
+            }
+        }
+        sync_threads();
+
+        let is_whole = n_active == 1;
+        let (to, offset) = if is_whole {
+            (a.out, first_head * a.head_dim)
         } else {
-            C::ZEROS
-        }
-    };
-    let stride = WARPS as u32 * per_warp;
-    let mut position = start + group;
-    let fetch = |near: u32, end: u32| {
-        let far = near + stride;
-        [load(keys, near, end), load(keys, far, end), load(values, near, end), load(values, far, end)]
-    };
-    // The first of them go into registers. Those that are fresh are there after the wait only.
-    let settled = length.saturating_sub(a.n_fresh);
-    let mut next = fetch(position, end.min(settled));
-    wait_for_previous();
-    if position + stride >= settled {
-        next = fetch(position, end);
-    }
-
-    // Weights are powers of 2: the scores' factor turns e^x into 2^x.
-    let factor = a.scale * LOG2_E;
-    let query = |head: u32| -> [f32; DIMS] {
-        if has_dims && head < n_heads {
-            // SAFETY: the head is one of the query's, the dimensions are inside it.
-            unsafe {
-                let q = a.q.add(((first_head + head) * a.head_dim + first_dim) as usize);
-                let [q0, q1, q2, q3] = ld_global_u32x4(q.cast()).map(|bits| f32::from_bits(bits) * factor);
-                let [q4, q5, q6, q7] =
-                    ld_global_u32x4(q.add(4).cast()).map(|bits| f32::from_bits(bits) * factor);
-                [q0, q1, q2, q3, q4, q5, q6, q7]
+            (a.split_values, (split * a.n_head + first_head) * a.head_dim)
+        };
+        let mut pair = thread;
+        while pair < n_heads * a.head_dim / 2 {
+            let (head, d) = (2 * pair / a.head_dim, 2 * pair % a.head_dim);
+            let of_warps = |array: Shared<f32, { WARPS * MAX_HEADS }>| -> [f32; WARPS] {
+                let at = head as usize * WARPS;
+                let ([a, b, c, d], [e, f, g, h]) = (array.get4(at), array.get4(at + 4));
+                [a, b, c, d, e, f, g, h]
+            };
+            // What is left of each warp's weights.
+            let (maxima, sums) = (of_warps(warp_max), of_warps(warp_sum));
+            let total_max = maxima.into_iter().fold(LOWEST, max);
+            let shares = maxima.map(|largest| exp2(largest - total_max));
+            let (mut total, mut result) = (0.0, [0.0; 2]);
+            for warp in 0..WARPS {
+                total = mul_add(shares[warp], sums[warp], total);
+                let at = head_values(warp as u32, head) + d as usize;
+                result[0] = mul_add(shares[warp], warp_values.get(at), result[0]);
+                result[1] = mul_add(shares[warp], warp_values.get(at + 1), result[1]);
             }
-        } else {
-            [0.0; DIMS]
-        }
-    };
-    let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
-    let mut largest = [LOWEST; HEADS];
-    let mut sum = [0.0f32; HEADS];
-    let mut value = [[0.0f32; DIMS]; HEADS];
-    // The same for all lanes of a warp: those of later groups may have no position.
-    while position - lane / a.lanes < end {
-        let (near, far) = (position, position + stride);
-        let [k0, k1, v0, v1] = next;
-        let (k0, k1) = (C::widen(k0), C::widen(k1));
-        let mut scores = [[0.0f32; 2]; HEADS];
-        for head in 0..HEADS {
-            for d in 0..DIMS {
-                scores[head][0] = mul_add(q[head][d], k0[d], scores[head][0]);
-                scores[head][1] = mul_add(q[head][d], k1[d], scores[head][1]);
+            let result = result.map(|value| value / total);
+            let first = (offset + 2 * pair) as usize;
+            if is_real {
+                // SAFETY: the elements are inside the output, and this thread's own.
+                unsafe {
+                    *to.add(first) = result[0];
+                    *to.add(first + 1) = result[1];
+                    if is_whole && !a.operand.words.is_null() {
+                        a.operand.store_2(first, result);
+                    }
+                    if !is_whole && d == 0 {
+                        let at = 2 * (split * a.n_head + first_head + head) as usize;
+                        *a.split_sums.add(at) = total_max;
+                        *a.split_sums.add(at + 1) = total;
+                    }
+                }
             }
+            pair += BLOCK_DIM as u32;
         }
-        // One meeting of the lanes for all scores.
-        let scores = reduce(scores, a.lanes);
-        next = fetch(position + 2 * stride, end);
-        let (v0, v1) = (C::widen(v0), C::widen(v1));
-        for head in 0..HEADS {
-            let s0 = if near < end { scores[head][0] } else { f32::NEG_INFINITY };
-            let s1 = if far < end { scores[head][1] } else { f32::NEG_INFINITY };
-            let new = max(largest[head], max(s0, s1));
-            let (w0, w1, correction) = (exp2(s0 - new), exp2(s1 - new), exp2(largest[head] - new));
-            largest[head] = new;
-            sum[head] = mul_add(sum[head], correction, w0 + w1);
-            for d in 0..DIMS {
-                value[head][d] = mul_add(w0, v0[d], mul_add(w1, v1[d], value[head][d] * correction));
-            }
+        if is_real {
+            break;
         }
-        position += 2 * stride;
-    }
-
-    let head_values = |part: u32, head: u32| ((part * HEADS as u32 + head) * a.head_dim) as usize;
-    for head in 0..HEADS {
-        if has_dims {
-            let at = head_values(group, head as u32) + first_dim as usize;
-            let [x0, x1, x2, x3, x4, x5, x6, x7] = value[head];
-            part_values.set4(at, [x0, x1, x2, x3]);
-            part_values.set4(at + 4, [x4, x5, x6, x7]);
-        }
-        if first_dim == 0 {
-            part_max.set(group as usize * HEADS + head, largest[head]);
-            part_sum.set(group as usize * HEADS + head, sum[head]);
-        }
-    }
-    sync_threads();
-
-    // A warp combines the parts' scores of one head, a lane one part: what is left of each part's weight.
-    let n_parts = stride;
-    if warp < n_heads {
-        let at = (lane as usize % n_parts as usize) * HEADS + warp as usize;
-        let largest = if lane < n_parts { part_max.get(at) } else { LOWEST };
-        let total_max = warp_reduce_max(FULL_MASK, largest, WARP_SIZE);
-        let share = exp2(largest - total_max);
-        let weight = if lane < n_parts { share * part_sum.get(at) } else { 0.0 };
-        let total_sum = warp_reduce_add(FULL_MASK, weight, WARP_SIZE);
-        if lane < n_parts {
-            part_sum.set(at, share / total_sum);
-        }
-        if lane == 0 {
-            total.set(2 * warp as usize, total_max);
-            total.set(2 * warp as usize + 1, total_sum);
-        }
-    }
-    sync_threads();
-
-    let n_pairs = n_heads * a.head_dim / 2;
-    let is_whole = n_active == 1;
-    let (to, offset) = if is_whole {
-        (a.out, first_head * a.head_dim)
-    } else {
-        (a.split_values, (split * a.n_head + first_head) * a.head_dim)
-    };
-    let mut pair = thread;
-    while pair < n_pairs {
-        let (head, d) = (2 * pair / a.head_dim, 2 * pair % a.head_dim);
-        let mut result = [0.0; 2];
-        for part in 0..n_parts {
-            let share = part_sum.get((part * HEADS as u32 + head) as usize);
-            let at = head_values(part, head) + d as usize;
-            result[0] = mul_add(share, part_values.get(at), result[0]);
-            result[1] = mul_add(share, part_values.get(at + 1), result[1]);
-        }
-        let first = (offset + 2 * pair) as usize;
-        // SAFETY: the elements are inside the output, and this thread's own.
-        unsafe {
-            *to.add(first) = result[0];
-            *to.add(first + 1) = result[1];
-            if is_whole && !a.operand.words.is_null() {
-                a.operand.store_2(first, result);
-            }
-        }
-        pair += BLOCK_DIM as u32;
+        rehearsals -= 1;
+        // Everyone has read what the next time is written over.
+        sync_threads();
     }
     if n_active == 1 {
         return;
-    }
-    if thread < 2 * n_heads {
-        // SAFETY: as above.
-        unsafe {
-            *a.split_sums.add((2 * (split * a.n_head + first_head) + thread) as usize) =
-                total.get(thread as usize)
-        };
     }
 
     // The last block of the row has everything that the others wrote, and they are not waited for.
@@ -384,37 +436,31 @@ unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
     }
 }
 
-/// Sums over groups of `lanes` lanes.
+/// Sums over groups of `lanes` lanes, of all heads and positions in one meeting.
 #[inline(always)]
-fn reduce<const HEADS: usize>(scores: [[f32; 2]; HEADS], lanes: u32) -> [[f32; 2]; HEADS] {
-    // As one list, of a length that is known for each number of heads.
-    let mut list = [0.0f32; 2 * MAX_HEADS];
+fn reduce<const HEADS: usize, const POSITIONS: usize>(
+    scores: [[f32; POSITIONS]; HEADS],
+    lanes: u32,
+) -> [[f32; POSITIONS]; HEADS] {
+    let mut list = [0.0f32; SCORES];
     for head in 0..HEADS {
-        list[2 * head] = scores[head][0];
-        list[2 * head + 1] = scores[head][1];
+        for i in 0..POSITIONS {
+            list[head * POSITIONS + i] = scores[head][i];
+        }
     }
-    let [s0, s1, s2, s3, s4, s5, s6, s7] = list;
-    let list = match HEADS {
-        1 => {
-            let [s0, s1] = warp_reduce_add_n(FULL_MASK, [s0, s1], lanes);
-            [s0, s1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-        }
-        2 => {
-            let [s0, s1, s2, s3] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3], lanes);
-            [s0, s1, s2, s3, 0.0, 0.0, 0.0, 0.0]
-        }
-        3 => {
-            let [s0, s1, s2, s3, s4, s5] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3, s4, s5], lanes);
-            [s0, s1, s2, s3, s4, s5, 0.0, 0.0]
-        }
-        _ => warp_reduce_add_n(FULL_MASK, list, lanes),
-    };
-    let _ = (s6, s7);
-    core::array::from_fn(|head| [list[2 * head], list[2 * head + 1]])
+    // Three heads take two positions each: no more than that is exchanged.
+    if HEADS * POSITIONS == SCORES - 2 {
+        let [s0, s1, s2, s3, s4, s5, _, _] = list;
+        let [s0, s1, s2, s3, s4, s5] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3, s4, s5], lanes);
+        list = [s0, s1, s2, s3, s4, s5, 0.0, 0.0];
+    } else {
+        list = warp_reduce_add_n(FULL_MASK, list, lanes);
+    }
+    core::array::from_fn(|head| core::array::from_fn(|i| list[head * POSITIONS + i]))
 }
 
 macro_rules! define_kernels {
-    ($(($heads:literal, $suffix:ident, $Codec:ident, $format:ident))*) => {$(
+    ($(($heads:literal, $positions:literal, $suffix:ident, $Codec:ident, $format:ident))*) => {$(
         #[doc = concat!("Blocks of ", stringify!($heads), " query heads, a cache in ", stringify!($format), ".")]
         pub mod $suffix {
             use super::*;
@@ -436,7 +482,7 @@ macro_rules! define_kernels {
             #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 2))]
             pub unsafe fn attention(arguments: Arguments) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { attend::<$Codec, $heads>(arguments) }
+                unsafe { attend::<$Codec, $heads, $positions>(arguments) }
             }
         }
     )*
@@ -455,12 +501,12 @@ macro_rules! define_kernels {
     };
 }
 define_kernels! {
-    (1, h1, HalfKv, F16)
-    (2, h2, HalfKv, F16)
-    (3, h3, HalfKv, F16)
-    (4, h4, HalfKv, F16)
-    (1, q8_0_h1, Q8Kv, Q8_0)
-    (2, q8_0_h2, Q8Kv, Q8_0)
-    (3, q8_0_h3, Q8Kv, Q8_0)
-    (4, q8_0_h4, Q8Kv, Q8_0)
+    (1, 4, h1, HalfKv, F16)
+    (2, 2, h2, HalfKv, F16)
+    (3, 2, h3, HalfKv, F16)
+    (4, 2, h4, HalfKv, F16)
+    (1, 4, q8_0_h1, Q8Kv, Q8_0)
+    (2, 2, q8_0_h2, Q8Kv, Q8_0)
+    (3, 2, q8_0_h3, Q8Kv, Q8_0)
+    (4, 2, q8_0_h4, Q8Kv, Q8_0)
 }

@@ -69,6 +69,28 @@ pub fn warp_shuffle_xor<T: Shuffle>(mask: u32, value: T, lane: u32, width: u32) 
     }
 }
 
+/// [`warp_shuffle_xor`] over the whole warp, of several values at once.
+#[inline(always)]
+#[track_caller]
+pub fn warp_shuffle_xor_n<T: Shuffle, const N: usize>(mask: u32, values: [T; N], lane: u32) -> [T; N] {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let mut values = values;
+            let mut i = 0;
+            while i < N {
+                values[i] = warp_shuffle_xor(mask, values[i], lane, 32);
+                i += 1;
+            }
+            values
+        }
+        _ => {
+            let source = with_thread(|thread| thread.lane()) ^ lane & (WARP_SIZE - 1);
+            let operand = Operands { values: values.map(T::to_bits), source };
+            collective::<Exchanges<N>>(mask, 0, operand).values.map(T::from_bits)
+        }
+    }
+}
+
 /// The value of lane `lane % width` of the group.
 #[inline(always)]
 #[track_caller]
@@ -143,6 +165,28 @@ impl Collective for Exchange {
         let given: [Operand; 32] =
             std::array::from_fn(|lane| lanes.get(lane).unwrap_or(Operand { value: u32::MAX, source: 0 }));
         lanes.set_each(|lane| Operand { value: given[given[lane].source as usize].value, ..given[lane] });
+    }
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Clone, Copy)]
+struct Operands<const N: usize> {
+    values: [u32; N],
+    source: u32,
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+struct Exchanges<const N: usize>;
+
+#[cfg(not(target_arch = "nvptx64"))]
+impl<const N: usize> Collective for Exchanges<N> {
+    type Operand = Operands<N>;
+    const NAME: &'static str = "a warp shuffle of several values";
+
+    fn compute(lanes: &Lanes<Self::Operand>, _parameter: u32) {
+        let absent = Operands { values: [u32::MAX; N], source: 0 };
+        let given: [Self::Operand; 32] = std::array::from_fn(|lane| lanes.get(lane).unwrap_or(absent));
+        lanes.set_each(|lane| Operands { values: given[given[lane].source as usize].values, ..given[lane] });
     }
 }
 

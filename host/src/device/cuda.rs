@@ -104,6 +104,10 @@ impl CudaDevice {
         self.multiprocessors
     }
 
+    pub(super) fn overlaps_kernels(&self) -> bool {
+        self.image.version >= 90
+    }
+
     pub(super) fn shared_bytes(&self) -> u32 {
         self.shared_bytes
     }
@@ -234,7 +238,7 @@ impl CudaDevice {
             }
         };
         // A GPU that cannot overlap kernels takes the attribute as well, but its kernels do not wait by themselves.
-        let overlaps = kernel.overlapping && self.image.version >= 90;
+        let overlaps = kernel.overlapping && self.overlaps_kernels();
         let attributes = [LaunchAttribute::word(PROGRAMMATIC_STREAM_SERIALIZATION, 1)];
         // SAFETY: the caller's promise; the pointers are to the values that the kernel's parameters take.
         let code = RECORDER.with_borrow(|recorder| unsafe {

@@ -94,6 +94,14 @@ impl Device {
         }
     }
 
+    /// Whether kernels that are made for it start while the one before runs, as they do from compute capability 9.0 on.
+    pub fn overlaps_kernels(&self) -> bool {
+        match &self.0 {
+            Kind::Cuda(device) => device.overlaps_kernels(),
+            Kind::Cpu(_) => false,
+        }
+    }
+
     /// Bytes of shared memory that a block can have.
     pub fn shared_bytes(&self) -> u32 {
         match &self.0 {

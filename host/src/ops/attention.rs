@@ -91,7 +91,7 @@ pub fn kv_append(
 const SHORT: usize = 1024;
 /// Most query heads of a block where it is: more blocks, with fewer registers each, and so beside those of the kernels before
 /// and after. Where it is long a block takes as many as it can, since every one reads its keys and values.
-const SHORT_HEADS: usize = 2;
+const SHORT_HEADS: usize = 1;
 
 /// How attention is dealt out to blocks.
 #[derive(Clone, Copy, Debug)]
@@ -156,11 +156,12 @@ impl AttentionWorkspace {
         head_dim: usize,
         n_splits: impl Fn(usize) -> usize,
     ) -> Result<Self> {
-        let deal = |most_heads: usize| -> Result<Deal> {
+        let deal = |most_heads: usize, most_splits: usize| -> Result<Deal> {
             let (blocks_per_kv, heads) = deal_heads(n_head, n_head_kv, most_heads)?;
-            Ok(Deal { heads, blocks_per_kv, n_splits: n_splits(n_head_kv * blocks_per_kv) })
+            Ok(Deal { heads, blocks_per_kv, n_splits: n_splits(n_head_kv * blocks_per_kv).min(most_splits) })
         };
-        let deals = [deal(SHORT_HEADS)?, deal(attention_kernel::MAX_HEADS)?];
+        let short_splits = SHORT.div_ceil(attention_kernel::SPLIT_POSITIONS as usize);
+        let deals = [deal(SHORT_HEADS, short_splits)?, deal(attention_kernel::MAX_HEADS, MAX_SPLITS)?];
         let most = |of: fn(&Deal) -> usize| deals.iter().map(of).max().unwrap_or(0);
         let (n_splits, blocks_per_kv) = (most(|deal| deal.n_splits), most(|deal| deal.blocks_per_kv));
         Ok(Self {
@@ -250,6 +251,7 @@ pub fn attention<'a>(
         n_ctx: dim(cache.n_ctx)?,
         n_splits: dim(n_splits)?,
         n_fresh: dim(n_fresh)?,
+        rehearsals: u32::from(device.overlaps_kernels()),
         scale,
     };
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
