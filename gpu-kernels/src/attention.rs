@@ -212,21 +212,21 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
             }
             let mut weights = scores;
             for head in 0..HEADS {
-                let mut new = largest[head];
-                for i in 0..POSITIONS {
+                for (i, weight) in weights[head].iter_mut().enumerate() {
                     if position + i as u32 * stride >= end {
-                        weights[head][i] = f32::NEG_INFINITY;
+                        *weight = f32::NEG_INFINITY;
                     }
-                    new = max(new, weights[head][i]);
                 }
+                let new = weights[head].into_iter().fold(largest[head], max);
                 let correction = exp2(largest[head] - new);
                 largest[head] = new;
-                sum[head] *= correction;
-                value[head] = value[head].map(|value| value * correction);
-                for i in 0..POSITIONS {
-                    weights[head][i] = exp2(weights[head][i] - new);
-                    sum[head] += weights[head][i];
+                let mut added = 0.0;
+                for weight in &mut weights[head] {
+                    *weight = exp2(*weight - new);
+                    added += *weight;
                 }
+                sum[head] = mul_add(sum[head], correction, added);
+                value[head] = value[head].map(|value| value * correction);
             }
             for i in 0..POSITIONS {
                 let from = C::widen(values[i]);
@@ -300,11 +300,18 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
             let (mut total, mut result) = (0.0, [0.0; 2]);
             for warp in 0..WARPS {
                 total = mul_add(shares[warp], sums[warp], total);
-                let at = head_values(warp as u32, head) + d as usize;
-                result[0] = mul_add(shares[warp], warp_values.get(at), result[0]);
-                result[1] = mul_add(shares[warp], warp_values.get(at + 1), result[1]);
             }
-            let result = result.map(|value| value / total);
+            let per_total = 1.0 / total;
+            #[allow(
+                clippy::needless_range_loop,
+                reason = "an iterator over an array puts it into local memory"
+            )]
+            for warp in 0..WARPS {
+                let share = shares[warp] * per_total;
+                let at = head_values(warp as u32, head) + d as usize;
+                result[0] = mul_add(share, warp_values.get(at), result[0]);
+                result[1] = mul_add(share, warp_values.get(at + 1), result[1]);
+            }
             let first = (offset + 2 * pair) as usize;
             if is_real {
                 // SAFETY: the elements are inside the output, and this thread's own.
