@@ -98,7 +98,7 @@ unsafe impl cuda_std::launch::KernelArg for Arguments {}
 /// Attention of `HEADS` query heads over a block's positions, of which a group of lanes takes `POSITIONS` at a time.
 ///
 /// A launch has few blocks, which come to other multiprocessors each time: what they run is not in the instruction caches, and
-/// comes from the L2 cache while everybody waits for attention (2 us of 3, docs/performance.md, version 7). So a block that has to
+/// comes from the L2 cache while everybody waits for attention (docs/performance.md, version 7). So a block that has to
 /// wait for the kernel before rehearses meanwhile.
 ///
 /// # Safety

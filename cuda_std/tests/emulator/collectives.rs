@@ -51,6 +51,26 @@ fn shuffles_read_the_lanes_that_ptx_says() {
     }
 }
 
+/// Three values of each lane at once.
+#[kernel]
+pub unsafe fn shuffle_several(x: *const [u32; 3], out: *mut [u32; 3], by: u32) {
+    let i = thread_idx_x() as usize;
+    // SAFETY: one element per thread.
+    unsafe { *out.add(i) = warp_shuffle_xor_n(FULL_MASK, *x.add(i), by) };
+}
+
+#[test]
+fn several_values_are_shuffled_as_one_is() {
+    let x: Vec<[u32; 3]> = (0..64).map(|i| [i, 1000 + i, 2000 + i]).collect();
+    for by in [0, 1, 6, 16, 31] {
+        let mut out = vec![[0; 3]; 64];
+        launch(&SHUFFLE_SEVERAL, 1, 64, (x.as_ptr(), out.as_mut_ptr(), by));
+        for (i, found) in out.into_iter().enumerate() {
+            assert_eq!(found, x[i ^ by as usize], "thread {i} by {by}");
+        }
+    }
+}
+
 /// Votes whether a bit of `bits` is set, in the lanes of a mask.
 #[kernel]
 pub unsafe fn votes(bits: *const u32, out: *mut [u32; 3], mask: u32) {
