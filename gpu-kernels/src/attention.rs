@@ -42,7 +42,7 @@ const _: () = assert!(MAX_SPLITS <= SPLIT_POSITIONS as usize);
 
 /// Dimensions that a lane holds: 16 bytes of f16.
 const DIMS: usize = 8;
-/// Query heads times positions that a group of lanes takes at a time.
+/// Most query heads times positions that a group of lanes takes at a time.
 const SCORES: usize = 8;
 /// What no score is below; finite, so that differences are numbers.
 const LOWEST: f32 = -1e30;
@@ -455,13 +455,18 @@ fn reduce<const HEADS: usize, const POSITIONS: usize>(
             list[head * POSITIONS + i] = scores[head][i];
         }
     }
-    // Three heads take two positions each: no more than that is exchanged.
-    if HEADS * POSITIONS == SCORES - 2 {
-        let [s0, s1, s2, s3, s4, s5, _, _] = list;
-        let [s0, s1, s2, s3, s4, s5] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3, s4, s5], lanes);
-        list = [s0, s1, s2, s3, s4, s5, 0.0, 0.0];
-    } else {
-        list = warp_reduce_add_n(FULL_MASK, list, lanes);
+    // No more are exchanged than there are.
+    let [s0, s1, s2, s3, s4, s5, _, _] = list;
+    match HEADS * POSITIONS {
+        4 => {
+            let [s0, s1, s2, s3] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3], lanes);
+            list = [s0, s1, s2, s3, 0.0, 0.0, 0.0, 0.0];
+        }
+        6 => {
+            let [s0, s1, s2, s3, s4, s5] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3, s4, s5], lanes);
+            list = [s0, s1, s2, s3, s4, s5, 0.0, 0.0];
+        }
+        _ => list = warp_reduce_add_n(FULL_MASK, list, lanes),
     }
     core::array::from_fn(|head| core::array::from_fn(|i| list[head * POSITIONS + i]))
 }

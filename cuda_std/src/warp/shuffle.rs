@@ -83,11 +83,7 @@ pub fn warp_shuffle_xor_n<T: Shuffle, const N: usize>(mask: u32, values: [T; N],
             }
             values
         }
-        _ => {
-            let source = with_thread(|thread| thread.lane()) ^ lane & (WARP_SIZE - 1);
-            let operand = Operands { values: values.map(T::to_bits), source };
-            collective::<Exchanges<N>>(mask, 0, operand).values.map(T::from_bits)
-        }
+        _ => shuffle_n(mask, values, |own| own ^ lane & (WARP_SIZE - 1)),
     }
 }
 
@@ -142,51 +138,38 @@ pub fn warp_shuffle_up<T: Shuffle>(mask: u32, value: T, lane: u32, width: u32) -
 #[cfg(not(target_arch = "nvptx64"))]
 #[inline(always)]
 fn shuffle<T: Shuffle>(mask: u32, value: T, source: impl Fn(u32) -> u32) -> T {
+    let [value] = shuffle_n(mask, [value], source);
+    value
+}
+
+/// Several values of the lane that `source` gives for each.
+#[cfg(not(target_arch = "nvptx64"))]
+#[inline(always)]
+fn shuffle_n<T: Shuffle, const N: usize>(mask: u32, values: [T; N], source: impl Fn(u32) -> u32) -> [T; N] {
     let source = with_thread(|thread| source(thread.lane()));
-    T::from_bits(collective::<Exchange>(mask, 0, Operand { value: value.to_bits(), source }).value)
+    let operand = Operand { values: values.map(T::to_bits), source };
+    collective::<Exchange<N>>(mask, 0, operand).values.map(T::from_bits)
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
 #[derive(Clone, Copy)]
-struct Operand {
-    value: u32,
-    source: u32,
-}
-
-#[cfg(not(target_arch = "nvptx64"))]
-struct Exchange;
-
-#[cfg(not(target_arch = "nvptx64"))]
-impl Collective for Exchange {
-    type Operand = Operand;
-    const NAME: &'static str = "a warp shuffle";
-
-    fn compute(lanes: &Lanes<Operand>, _parameter: u32) {
-        let given: [Operand; 32] =
-            std::array::from_fn(|lane| lanes.get(lane).unwrap_or(Operand { value: u32::MAX, source: 0 }));
-        lanes.set_each(|lane| Operand { value: given[given[lane].source as usize].value, ..given[lane] });
-    }
-}
-
-#[cfg(not(target_arch = "nvptx64"))]
-#[derive(Clone, Copy)]
-struct Operands<const N: usize> {
+struct Operand<const N: usize> {
     values: [u32; N],
     source: u32,
 }
 
 #[cfg(not(target_arch = "nvptx64"))]
-struct Exchanges<const N: usize>;
+struct Exchange<const N: usize>;
 
 #[cfg(not(target_arch = "nvptx64"))]
-impl<const N: usize> Collective for Exchanges<N> {
-    type Operand = Operands<N>;
-    const NAME: &'static str = "a warp shuffle of several values";
+impl<const N: usize> Collective for Exchange<N> {
+    type Operand = Operand<N>;
+    const NAME: &'static str = "a warp shuffle";
 
     fn compute(lanes: &Lanes<Self::Operand>, _parameter: u32) {
-        let absent = Operands { values: [u32::MAX; N], source: 0 };
+        let absent = Operand { values: [u32::MAX; N], source: 0 };
         let given: [Self::Operand; 32] = std::array::from_fn(|lane| lanes.get(lane).unwrap_or(absent));
-        lanes.set_each(|lane| Operands { values: given[given[lane].source as usize].values, ..given[lane] });
+        lanes.set_each(|lane| Operand { values: given[given[lane].source as usize].values, ..given[lane] });
     }
 }
 

@@ -111,6 +111,7 @@ pub struct AttentionWorkspace {
     /// For short contexts and for long ones.
     deals: [Deal; 2],
     is_long: bool,
+    rehearsals: u32,
     /// `[n_splits, n_head, head_dim]`.
     values: Buffer<f32>,
     /// `[n_splits, n_head, 2]`.
@@ -169,6 +170,8 @@ impl AttentionWorkspace {
             n_head_kv,
             deals,
             is_long: false,
+            // Kernels that do not overlap have nothing to wait for.
+            rehearsals: u32::from(device.overlaps_kernels()),
             values: device.alloc(n_splits * n_head * head_dim)?,
             sums: device.alloc(n_splits * n_head * 2)?,
             n_ended: device.alloc_zeroed(n_head_kv * blocks_per_kv)?,
@@ -183,6 +186,11 @@ impl AttentionWorkspace {
     /// From now on it is for a context of about `length` positions, which bears on speed alone.
     pub fn suit(&mut self, length: usize) {
         self.is_long = Self::is_long(length);
+    }
+
+    /// From now on a block of one query head goes through its work so many times before it counts, which bears on speed alone.
+    pub fn rehearse(&mut self, times: u32) {
+        self.rehearsals = times;
     }
 }
 
@@ -251,7 +259,7 @@ pub fn attention<'a>(
         n_ctx: dim(cache.n_ctx)?,
         n_splits: dim(n_splits)?,
         n_fresh: dim(n_fresh)?,
-        rehearsals: u32::from(device.overlaps_kernels()),
+        rehearsals: workspace.rehearsals,
         scale,
     };
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
