@@ -1,17 +1,14 @@
 //! Launchers of the matrix-vector products.
 
-use super::{Input, KvLayer, Matrix, Next, Norm, Rope, aligned, at_least, dim, launch_1d};
+use super::schedule::{Chain, Family, MOST_BESIDE_BYTES, schedule};
+use super::{Input, KvLayer, Matrix, Next, Norm, Rope, aligned, at_least, dim};
 use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
-use cuda_std::launch::{Kernel, LaunchConfig};
+use cuda_std::launch::Kernel;
 use gpu_kernels::activations::Q8_1_BLOCK;
-use gpu_kernels::formats::UNIT;
-use gpu_kernels::formats::tile::TILE_UNITS;
-use gpu_kernels::gemv::epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
+use gpu_kernels::gemv::epilogue::{Add, Qkv, Store, StoreOrdered, Swiglu};
 use gpu_kernels::gemv::input::Input as KernelInput;
-use gpu_kernels::gemv::{
-    self as kernels, ANY_WARPS, Kernels, MAX_QUADS, MatrixRef, QkvKernel, Schedule, Shares, WARPS,
-};
+use gpu_kernels::gemv::{self as kernels, Kernels, MatrixRef, QkvKernel, Schedule};
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
@@ -42,7 +39,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     let ordered_output = match output {
         Output::Set(y) if is_natural => {
             aligned("gemv", "y", y, weights.n_rows())?;
-            let (schedule, config) = schedule::<Store>(device, &[weights], family)?;
+            let (schedule, config) = schedule::<Store>(device, &[weights], family, Chain::OTHER)?;
             let output = Store { y: y.as_mut_ptr() };
             // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
             return unsafe { device.launch(kernels.gemv, config, (matrix, input, schedule, output)) };
@@ -51,7 +48,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
             aligned("gemv", "y", y, weights.n_rows())?;
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
             ensure!(is_plain, "gemv: an input that is to be normalised has a product that is not added");
-            let (schedule, config) = schedule::<Add>(device, &[weights], family)?;
+            let (schedule, config) = schedule::<Add>(device, &[weights], family, Chain::ADDED)?;
             let operand = Next::of_launch(next, "gemv", weights.n_rows(), config.grid[0] as usize)?;
             let output = Add { y: y.as_mut_ptr(), operand };
             // SAFETY: as above.
@@ -71,16 +68,9 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
         is_plain,
         "gemv: only rows in natural order, without a bias, have an input that is to be normalised"
     );
-    let (schedule, config) = schedule::<StoreOrdered>(device, &[weights], Family::Any)?;
+    let (schedule, config) = schedule::<StoreOrdered>(device, &[weights], Family::Any, Chain::OTHER)?;
     // SAFETY: as above.
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
-}
-
-/// Kernels for one format, whose quads have to fit shared memory, or for any.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Family {
-    Own,
-    Any,
 }
 
 /// The kernels for an input and a matrix: of its own format where there are any that take both.
@@ -104,7 +94,7 @@ fn qkv_kernel(device: &Device, matrices: [&Matrix; 3], x: Input) -> (&'static Qk
 
 /// Whether a quad does not fit shared memory.
 fn is_long(device: &Device, matrix: &Matrix) -> bool {
-    matrix.quad_bytes() + BESIDE_BYTES > device.shared_bytes() as usize
+    matrix.quad_bytes() + MOST_BESIDE_BYTES > device.shared_bytes() as usize
 }
 
 /// The kernel for rows in any order.
@@ -133,7 +123,7 @@ pub fn gemv_swiglu(
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
     let (kernels, family) = kernels(device, gate_up, x);
-    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], family)?;
+    let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], family, Chain::OTHER)?;
     let operand = Next::of_launch(next, "gemv_swiglu", gate_up.n_rows() / 2, config.grid[0] as usize)?;
     let output = Swiglu { y: y.as_mut_ptr(), operand };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
@@ -186,7 +176,7 @@ pub fn gemv_qkv(
     at_least("gemv_qkv", "step", step, 1)?;
     let output = qkv_output(weights, rope, rotation, step, q, cache)?;
     let (kernel, family) = qkv_kernel(device, weights.matrices, x);
-    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, family)?;
+    let (schedule, config) = schedule::<Qkv>(device, &weights.matrices, family, Chain::QKV)?;
     let arguments = (wq.as_ref()?, wk.as_ref()?, wv.as_ref()?, input, schedule, output);
     // SAFETY: the matrices are whole by construction, the shapes are checked, the schedule covers all of them.
     unsafe { device.launch(kernel, config, arguments) }
@@ -310,102 +300,4 @@ fn input(operation: &str, weights: &Matrix, x: Input, norm: Option<Norm>) -> Res
         }
     }
     Ok(input)
-}
-
-/// Most warps of a block that multiply.
-const MOST_WARPS: usize = 8;
-/// What a block has in shared memory beside the weights of its band, about, and the multiprocessor keeps for it.
-const BESIDE_BYTES: usize = 6 << 10;
-/// Quads of a multiprocessor up to which a matrix is small.
-const FEW_QUADS: usize = 4;
-/// Pieces of a block's weights that are on their way: more make what the next kernel waits for stand in line behind them,
-/// with fewer memory idles (docs/performance.md, version 6).
-const WINDOW: u32 = 3;
-
-/// How many warps of a block multiply, and how many quads it has.
-#[derive(Clone, Copy, Debug)]
-struct Blocks {
-    warps: usize,
-    quads: usize,
-}
-
-impl Blocks {
-    /// For a matrix of `n_quads` quads of `n_tiles` tiles.
-    fn choose(device: &Device, n_quads: usize, quad_bytes: usize, n_tiles: usize, most_warps: usize) -> Self {
-        let multiprocessors = device.multiprocessors() as usize;
-        let quads_of = |at_once: usize| n_quads.div_ceil(multiprocessors * at_once);
-        if !device.is_cuda() {
-            // On the CPU the threads of a block take turns: more of them only cost.
-            return Self { warps: 1, quads: quads_of(4) };
-        }
-        // Bytes of a band where a multiprocessor has four blocks or two.
-        let room = |blocks: usize| (device.shared_bytes() as usize / blocks).saturating_sub(BESIDE_BYTES);
-        // One block of many warps for a small matrix, several of few where there is more: there is a place sooner then for
-        // those of the next kernel.
-        let is_small = quads_of(1) <= FEW_QUADS && quads_of(1) * quad_bytes <= room(2);
-        if is_small && n_tiles <= most_warps {
-            return Self { warps: most_warps, quads: quads_of(1) };
-        }
-        // In one round, which leaves room for blocks of the kernels after it; or in as many as it takes, where the blocks that
-        // end sooner take more.
-        let at_once = if quads_of(3) * quad_bytes <= room(4) { 3 } else { 4 };
-        let quads = if at_once == 3 { quads_of(3) } else { (room(4) / quad_bytes).max(1) };
-        Self { warps: (WARPS as usize / at_once - 1).min(most_warps), quads }
-    }
-}
-
-/// Deals out the work.
-fn schedule<E: Epilogue>(
-    device: &Device,
-    matrices: &[&Matrix],
-    family: Family,
-) -> Result<(Schedule, LaunchConfig)> {
-    let n_tiles = matrices[0].n_cols().div_ceil(UNIT).div_ceil(TILE_UNITS);
-    let n_quads: usize = matrices.iter().map(|matrix| matrix.n_quads()).sum();
-    let quad_bytes = matrices.iter().map(|matrix| matrix.quad_bytes()).max().unwrap_or(0).max(1);
-    let tile_bytes = matrices.iter().map(|matrix| matrix.largest_tile()).max().unwrap_or(0).max(1);
-    let room = device.shared_bytes() as usize;
-    // One more warp copies.
-    let n_copiers = usize::from(device.is_cuda());
-    let most_warps = match family {
-        Family::Own => MOST_WARPS,
-        Family::Any => ANY_WARPS as usize - n_copiers,
-    };
-    let Blocks { warps, quads } = Blocks::choose(device, n_quads, quad_bytes, n_tiles, most_warps);
-    let tile_warps = n_tiles.div_ceil(n_tiles.div_ceil(warps));
-
-    let shared_bytes =
-        |schedule: &Schedule| 4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize;
-    let of_band = |quads: usize, slab_tiles: usize, bytes: usize| Schedule {
-        shares: [Shares::default(); 3],
-        quads: quads as u32,
-        tile_warps: tile_warps.min(slab_tiles) as u32,
-        slab_tiles: slab_tiles as u32,
-        weight_words: bytes as u32 / 4,
-        warps: (tile_warps.min(slab_tiles) * (warps / tile_warps).min(quads)) as u32,
-        window: WINDOW,
-    };
-    // Fewer quads, and of one as many tiles, as shared memory holds.
-    let bands =
-        (1..=quads.min(MAX_QUADS as usize)).rev().map(|quads| of_band(quads, n_tiles, quads * quad_bytes));
-    let slabs = (1..n_tiles).rev().map(|tiles| of_band(1, tiles, tiles * tile_bytes));
-    let slabs = slabs.filter(|_| family == Family::Any);
-    let mut schedule = bands.chain(slabs).find(|schedule| shared_bytes(schedule) <= room).with_context(|| {
-        format!(
-            "gemv: {room} bytes of shared memory hold no quad of {quad_bytes} bytes of a matrix with {} columns",
-            matrices[0].n_cols()
-        )
-    })?;
-    for (shares, matrix) in schedule.shares.iter_mut().zip(matrices) {
-        let blocks = matrix.n_quads().div_ceil(schedule.quads as usize);
-        *shares = Shares {
-            blocks: dim(blocks)?,
-            quads: (matrix.n_quads() / blocks) as u32,
-            blocks_with_more: (matrix.n_quads() % blocks) as u32,
-        };
-    }
-    let n_blocks = schedule.shares.iter().map(|shares| shares.blocks as usize).sum();
-    let mut config = launch_1d(n_blocks, 32 * (schedule.warps as usize + n_copiers))?;
-    config.dynamic_shared_bytes = shared_bytes(&schedule) as u32;
-    Ok((schedule, config))
 }

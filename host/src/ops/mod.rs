@@ -9,6 +9,7 @@ mod gemv;
 mod kv;
 mod matrix;
 mod read;
+mod schedule;
 mod types;
 
 pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, prefill_attention, rope};
