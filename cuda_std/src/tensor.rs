@@ -98,7 +98,7 @@ pub fn aligned_start(memory: DynamicShared<u32>) -> u32 {
 /// the emulator their time.
 ///
 /// All lanes of the warp take part, and from compute capability 9.0 on the other warps of its four as well (counted from
-/// a multiple of four), with the same panel: there it is `wgmma`, before that `mma.sync`. `SUMS` is 32, 64 or 128.
+/// a multiple of four), with the same panel: there it is `wgmma`, before that `mma.sync`. `SUMS` is 8, 32, 64 or 128.
 #[inline(always)]
 pub fn multiply_add<T: Half, const SUMS: usize>(
     sums: &mut [f32; SUMS],
@@ -106,7 +106,7 @@ pub fn multiply_add<T: Half, const SUMS: usize>(
     b: Panel,
     wanted: u32,
 ) {
-    const { assert!(SUMS == 32 || SUMS == 64 || SUMS == 128) };
+    const { assert!(SUMS == 8 || SUMS == 32 || SUMS == 64 || SUMS == 128) };
     cfg_select! {
         all(target_arch = "nvptx64", cuda_sm_90a) => {
             let _ = wanted;
@@ -205,6 +205,10 @@ mod warpgroup {
         // SAFETY: the caller's promise.
         unsafe {
             match (SUMS, T::IS_IEEE) {
+                (8, false) => instructions!(
+                    sums, a, b, 2, "bf16.bf16", "0", 16,
+                    0 1 2 3 4 5 6 7
+                ),
                 (32, true) => instructions!(
                     sums, a, b, 2, "f16.f16", "0", 64,
                     0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31

@@ -429,7 +429,7 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
 }
 
 macro_rules! define_kernels {
-    ($(($module:ident, $sums:literal, $exact:literal, $doc:literal))*) => {$(
+    ($(($module:ident, $sums:literal, $exact:literal, $blocks:literal, $doc:literal))*) => {$(
         #[doc = $doc]
         pub mod $module {
             use super::*;
@@ -456,7 +456,7 @@ macro_rules! define_kernels {
             /// # Thread mapping
             /// A block of [`BLOCK_DIM`] threads takes 128 rows, a tile of tokens, and one split of the columns; in the grid tiles of
             /// tokens come first, then splits.
-            #[kernel(suffix = $module, overlapping, launch_bounds(256, 1))]
+            #[kernel(suffix = $module, overlapping, launch_bounds(256, $blocks))]
             pub unsafe fn gemm(
                 first: MatrixRef,
                 second: MatrixRef,
@@ -473,8 +473,9 @@ macro_rules! define_kernels {
     )*};
 }
 define_kernels! {
-    (tokens_256, 128, false, "Tiles of 256 tokens.")
-    (tokens_128, 64, false, "Tiles of 128 tokens.")
-    (tokens_64, 32, false, "Tiles of 64 tokens.")
-    (exact, 32, true, "Tiles of 64 tokens, exact.")
+    (tokens_256, 128, false, 1, "Tiles of 256 tokens.")
+    (tokens_128, 64, false, 1, "Tiles of 128 tokens.")
+    (tokens_64, 32, false, 1, "Tiles of 64 tokens.")
+    (tokens_16, 8, false, 2, "Tiles of 16 tokens, with two blocks on a multiprocessor: it is weights that they wait for.")
+    (exact, 32, true, 1, "Tiles of 64 tokens, exact.")
 }

@@ -61,6 +61,7 @@ macro_rules! define_products {
 }
 define_products! {
     (product_f16_64, F16, 32)
+    (product_bf16_16, Bf16, 8)
     (product_bf16_64, Bf16, 32)
     (product_bf16_128, Bf16, 64)
     (product_bf16_256, Bf16, 128)
@@ -104,6 +105,7 @@ fn words(values: &[f32], round: fn(f32, f32) -> u32) -> Vec<u32> {
 fn products_match_plain_ones() {
     let kernels = [
         (&PRODUCT_F16_64, 64, f32_to_f16x2 as fn(f32, f32) -> u32),
+        (&PRODUCT_BF16_16, 16, f32_to_bf16x2),
         (&PRODUCT_BF16_64, 64, f32_to_bf16x2),
         (&PRODUCT_BF16_128, 128, f32_to_bf16x2),
         (&PRODUCT_BF16_256, 256, f32_to_bf16x2),
@@ -111,7 +113,7 @@ fn products_match_plain_ones() {
     let (a, b) = (numbers(16 * 64), numbers(256 * 64));
     for (kernel, columns, round) in kernels {
         let (a_words, b_words) = (words(&a, round), words(&b, round));
-        for wanted in [columns, 24] {
+        for wanted in [columns, 10] {
             let mut y = vec![0.0f32; 16 * columns];
             let args = (a_words.as_ptr(), b_words.as_ptr(), y.as_mut_ptr(), wanted as u32);
             try_launch(kernel, [1; 3], [32, 1, 1], 4 * PANEL_WORDS as u32, args).unwrap();

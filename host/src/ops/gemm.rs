@@ -178,29 +178,47 @@ struct Tiling {
     /// Nanoseconds that a block takes for a group of columns, on an H100: dequantizing 128 rows of them, or the products
     /// where those take longer. For others it is a guess, which costs nothing but time.
     group_ns: usize,
+    /// Blocks that a multiprocessor has at once.
+    at_once: usize,
 }
 
 /// What there is to choose from.
-const TILINGS: [Tiling; 4] = [
+const TILINGS: [Tiling; 5] = [
     Tiling {
         kernel: &kernels::tokens_256::GEMM,
         sums: kernels::tokens_256::SUMS,
         is_exact: false,
         group_ns: 1750,
+        at_once: 1,
     },
     Tiling {
         kernel: &kernels::tokens_128::GEMM,
         sums: kernels::tokens_128::SUMS,
         is_exact: false,
         group_ns: 1250,
+        at_once: 1,
     },
     Tiling {
         kernel: &kernels::tokens_64::GEMM,
         sums: kernels::tokens_64::SUMS,
         is_exact: false,
         group_ns: 1000,
+        at_once: 1,
     },
-    Tiling { kernel: &kernels::exact::GEMM, sums: kernels::exact::SUMS, is_exact: true, group_ns: 2500 },
+    Tiling {
+        kernel: &kernels::tokens_16::GEMM,
+        sums: kernels::tokens_16::SUMS,
+        is_exact: false,
+        group_ns: 1200,
+        at_once: 2,
+    },
+    Tiling {
+        kernel: &kernels::exact::GEMM,
+        sums: kernels::exact::SUMS,
+        is_exact: true,
+        group_ns: 2500,
+        at_once: 1,
+    },
 ];
 /// What a block takes beside its groups, and what adding up splits takes for each token of a tile.
 const BLOCK_NS: usize = 3500;
@@ -234,11 +252,12 @@ fn plan(device: &Device, row_tiles: usize, n_groups: usize, x: &Panels) -> Resul
         possible.filter_map(|tiling| Some((tiling, tiling.stages(device)?))).flat_map(|(tiling, stages)| {
             let token_tiles = x.n_tokens.div_ceil(kernels::tile_tokens(tiling.sums));
             // Blocks share tiles only where all of them run at once.
-            let most = multiprocessors / (row_tiles * token_tiles);
+            let most = multiprocessors * tiling.at_once / (row_tiles * token_tiles);
             (1..=most.clamp(1, n_groups)).map(move |splits| Plan { tiling, stages, token_tiles, splits })
         });
     let time = |plan: &Plan| {
-        let waves = (row_tiles * plan.token_tiles * plan.splits).div_ceil(multiprocessors);
+        let waves =
+            (row_tiles * plan.token_tiles * plan.splits).div_ceil(multiprocessors * plan.tiling.at_once);
         let block = BLOCK_NS + n_groups.div_ceil(plan.splits) * plan.tiling.group_ns;
         let tokens = kernels::tile_tokens(plan.tiling.sums);
         let adding = if plan.splits > 1 { SPLIT_NS + plan.splits * tokens * SPLIT_TOKEN_NS } else { 0 };
