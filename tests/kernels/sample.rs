@@ -280,6 +280,20 @@ fn tokens_that_meet_in_one_thread_are_all_kept() {
 }
 
 #[test]
+fn tokens_that_are_not_kept_are_not_chosen_in_place_of_one_of_their_column() {
+    // Column 5 has a token that is kept, and an earlier one that is little less likely.
+    let mut logits = vec![-4.0; 3000];
+    for (id, logit) in [(5 + 1024, 3.9), (7, 3.8), (5, 3.7), (9, 3.6)] {
+        logits[id] = logit;
+    }
+    for device in devices() {
+        for (top_k, top_p) in [(2, 1.0), (2, 0.99), (0, 0.5)] {
+            check(device, &logits, options(1.0, top_k, top_p), 0..20);
+        }
+    }
+}
+
+#[test]
 fn greedy_choices_match_argmax() {
     let mut cases =
         vec![four(), vec![1.0, 3.0, 3.0, 2.0], vec![-0.0, 0.0], vec![f32::NAN, -5.0, f32::NAN, -4.0]];

@@ -55,10 +55,11 @@ impl Few {
         if n > ROOM as u32 {
             return false;
         }
-        // So many lanes share a token's comparisons.
-        let lanes = (BLOCK_DIM as u32 >> (u32::BITS - (n - 1).leading_zeros())).min(WARP_SIZE);
-        let thread = thread_idx_x();
-        let (own, lane) = (thread / lanes, thread % lanes);
+        // So many lanes share a token's comparisons, a power of two.
+        let log2_n = u32::BITS - (n - 1).leading_zeros();
+        let log2_lanes = (BLOCK_DIM.ilog2() - log2_n).min(WARP_SIZE.ilog2());
+        let lanes = 1 << log2_lanes;
+        let (own, lane) = (thread_idx_x() >> log2_lanes, thread_idx_x() & (lanes - 1));
         let is_there = own < n;
         let own = if is_there { own as usize } else { 0 };
 

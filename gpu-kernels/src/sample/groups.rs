@@ -16,7 +16,7 @@ pub const CHUNK: usize = 4 * WARP_SIZE as usize;
 pub const MAX_GROUPS: usize = 8 * BLOCK_DIM;
 
 /// Chunks that a warp has on their way in a pass.
-const AHEAD: u32 = 8;
+const AHEAD: u32 = 6;
 
 /// All logits. A group is `1 << group_shift` chunks that follow each other.
 #[derive(Clone, Copy)]
@@ -130,11 +130,11 @@ impl Pass {
         };
         let fetch = |i: u32| self.vocabulary.quad(first(i));
         let next = |i: u32| fetch(warp + i * BESIDE);
-        let mut queue = [next(0), next(1), next(2), next(3), next(4), next(5), next(6), next(7)];
+        let mut queue = [next(0), next(1), next(2), next(3), next(4), next(5)];
         let mut i = warp;
         while i < n_chunks {
-            let [quad, q1, q2, q3, q4, q5, q6, q7] = queue;
-            queue = [q1, q2, q3, q4, q5, q6, q7, fetch(i + AHEAD * BESIDE)];
+            let [quad, q1, q2, q3, q4, q5] = queue;
+            queue = [q1, q2, q3, q4, q5, fetch(i + AHEAD * BESIDE)];
             let id = first(i);
             f(id, self.vocabulary.checked(id, quad));
             i += BESIDE;
