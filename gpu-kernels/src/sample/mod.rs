@@ -113,7 +113,7 @@ unsafe impl cuda_std::launch::KernelArg for Groups {}
 /// Blocks of [`BLOCK_DIM`] threads, a group of logits for each warp, four logits for each lane at once. The last block to
 /// end goes on by itself. Bytes moved: 4 n_vocab, with top-k some groups again (about as many as tokens are kept). With
 /// top-p alone or neither, 4 n_vocab again. Where top-k is above 192, or tokens of nearly the same likelihood or top-p
-/// make it more than 256 that come into question, the selection makes up to seven passes over these groups, or over all.
+/// make it more than 256 that come into question, the selection makes up to thirteen passes over these groups, or over all.
 #[kernel(overlapping, launch_bounds(256, 2))]
 pub unsafe fn sample(
     logits: *const f32,
