@@ -14,7 +14,9 @@ mod reduce;
 mod shuffle;
 mod vote;
 
-pub use reduce::{Reduce, warp_reduce_add, warp_reduce_add_4, warp_reduce_add_n, warp_reduce_max};
+pub use reduce::{
+    Reduce, warp_max_u32, warp_reduce_add, warp_reduce_add_4, warp_reduce_add_n, warp_reduce_max,
+};
 pub use shuffle::{
     Shuffle, warp_shuffle_down, warp_shuffle_idx, warp_shuffle_up, warp_shuffle_xor, warp_shuffle_xor_n,
 };

@@ -476,6 +476,11 @@ define_kernels! {
     (tokens_256, 128, false, 1, "Tiles of 256 tokens.")
     (tokens_128, 64, false, 1, "Tiles of 128 tokens.")
     (tokens_64, 32, false, 1, "Tiles of 64 tokens.")
-    (tokens_16, 8, false, 2, "Tiles of 16 tokens, with two blocks on a multiprocessor: it is weights that they wait for.")
     (exact, 32, true, 1, "Tiles of 64 tokens, exact.")
 }
+// Two blocks on a multiprocessor, since it is weights that they wait for; but on GPUs newer than Hopper that would
+// take more registers than there are.
+#[cfg(all(cuda_sm_90, not(cuda_sm_90a)))]
+define_kernels! { (tokens_16, 8, false, 1, "Tiles of 16 tokens.") }
+#[cfg(any(not(cuda_sm_90), cuda_sm_90a))]
+define_kernels! { (tokens_16, 8, false, 2, "Tiles of 16 tokens.") }

@@ -1,18 +1,19 @@
 //! Choosing a token, against a choice worked out in f64.
 
 use super::{Random, devices};
-use gpu_kernels::sample::{MAX_VOCAB, NO_TOKEN, SamplingParameters};
+use gpu_kernels::sample::{CHUNK, MAX_GROUPS, MAX_VOCAB, NO_TOKEN, SamplingParameters, WARPS};
 use gpu_kernels::step::Step;
 use host::device::{Buffer, Device};
-use host::ops;
+use host::ops::{self, SampleWorkspace};
 use host::sampling::SamplingOptions;
 
-/// A device that chooses from the same logits again and again.
+/// A device that chooses from the same logits again and again, dealt out in several ways.
 struct Chooser<'d> {
     device: &'d Device,
     n_vocab: usize,
     logits: Buffer<f32>,
     parameters: Buffer<SamplingParameters>,
+    workspaces: Vec<SampleWorkspace>,
     step: Buffer<Step>,
     chosen: Buffer<u32>,
 }
@@ -23,26 +24,45 @@ impl<'d> Chooser<'d> {
         // What follows the vocabulary is never read: it would always be chosen.
         let mut all = logits.to_vec();
         all.extend([f32::INFINITY; 40]);
+        let with_groups = |n| SampleWorkspace::with_groups(device, n).unwrap();
         Self {
             device,
             n_vocab: logits.len(),
             logits: device.alloc_from(&all).unwrap(),
             parameters: device.alloc_from(&[options.parameters()]).unwrap(),
+            workspaces: vec![
+                SampleWorkspace::alloc(device).unwrap(),
+                with_groups(MAX_GROUPS),
+                with_groups(7),
+            ],
             step: device.alloc_from(&[Step::default()]).unwrap(),
             chosen: device.alloc_from(&[0u32, 12_345]).unwrap(),
         }
     }
 
-    /// The choice at this position, after checking the step that it leaves.
+    /// The choice at this position, after checking the step that it leaves, and that it is the same however the logits
+    /// are dealt out.
     fn at(&mut self, position: u32) -> u32 {
+        let found: Vec<u32> = (0..self.workspaces.len()).map(|i| self.at_with(position, i)).collect();
+        assert!(found.iter().all(|&token| token == found[0]), "{found:?} at position {position}");
+        found[0]
+    }
+
+    /// The choice with one of the workspaces.
+    fn at_with(&mut self, position: u32, workspace: usize) -> u32 {
         self.device.upload(&mut self.step, &[Step { token: 77, position }]).unwrap();
-        let Self { device, n_vocab, logits, parameters, step, chosen } = self;
-        ops::sample(device, logits, *n_vocab, parameters, step, chosen, 1).unwrap();
-        let found = device.to_vec(chosen).unwrap();
+        self.launch(workspace);
+        let found = self.device.to_vec(&self.chosen).unwrap();
         assert_eq!(found[1], 12_345, "written beyond the chosen token");
         let token = if found[0] == NO_TOKEN { 0 } else { found[0] };
-        assert_eq!(device.to_vec(step).unwrap(), [Step { token, position: position + 1 }]);
+        assert_eq!(self.device.to_vec(&self.step).unwrap(), [Step { token, position: position + 1 }]);
         found[0]
+    }
+
+    fn launch(&mut self, workspace: usize) {
+        let Self { device, n_vocab, logits, parameters, workspaces, step, chosen } = self;
+        let workspace = &mut workspaces[workspace];
+        ops::sample(device, logits, *n_vocab, parameters, workspace, step, chosen, 1).unwrap();
     }
 
     fn counts(&mut self, n: u32) -> Vec<usize> {
@@ -260,6 +280,20 @@ fn tokens_that_meet_in_one_thread_are_all_kept() {
 }
 
 #[test]
+fn tokens_that_are_not_kept_are_not_chosen_in_place_of_one_of_their_column() {
+    // Column 5 has a token that is kept, and an earlier one that is little less likely.
+    let mut logits = vec![-4.0; 3000];
+    for (id, logit) in [(5 + 1024, 3.9), (7, 3.8), (5, 3.7), (9, 3.6)] {
+        logits[id] = logit;
+    }
+    for device in devices() {
+        for (top_k, top_p) in [(2, 1.0), (2, 0.99), (0, 0.5)] {
+            check(device, &logits, options(1.0, top_k, top_p), 0..20);
+        }
+    }
+}
+
+#[test]
 fn greedy_choices_match_argmax() {
     let mut cases =
         vec![four(), vec![1.0, 3.0, 3.0, 2.0], vec![-0.0, 0.0], vec![f32::NAN, -5.0, f32::NAN, -4.0]];
@@ -326,9 +360,8 @@ fn a_choice_is_made_the_next_step() {
         let mut chooser = Chooser::new(device, &four(), options(0.0, 0, 1.0));
         device.upload(&mut chooser.step, &[Step { token: 3, position: 10 }]).unwrap();
         for position in 11..14 {
-            let Chooser { device, n_vocab, logits, parameters, step, chosen } = &mut chooser;
-            ops::sample(device, logits, *n_vocab, parameters, step, chosen, 1).unwrap();
-            assert_eq!(device.to_vec(step).unwrap(), [Step { token: 1, position }]);
+            chooser.launch(0);
+            assert_eq!(device.to_vec(&chooser.step).unwrap(), [Step { token: 1, position }]);
         }
     }
 }
@@ -342,9 +375,92 @@ fn senseless_vocabularies_are_refused() {
         (MAX_VOCAB + 1, "1048577 tokens"),
         (45, "buffer logits has 44 values, 45 are needed"),
     ] {
-        let Chooser { device, logits, parameters, step, chosen, .. } = &mut chooser;
-        let error =
-            ops::sample(device, logits, n_vocab, parameters, step, chosen, 1).unwrap_err().to_string();
+        let Chooser { device, logits, parameters, workspaces, step, chosen, .. } = &mut chooser;
+        let workspace = &mut workspaces[0];
+        let error = ops::sample(device, logits, n_vocab, parameters, workspace, step, chosen, 1).unwrap_err();
+        let error = error.to_string();
         assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn vocabularies_of_any_length_match_f64() {
+    let of_block = WARPS * CHUNK;
+    for device in devices() {
+        for n in [3, 127, 128, 129, 130, of_block - 1, of_block + 2, 3 * of_block + 5, 8 * of_block + 131] {
+            let logits = like_a_model(n, 60 + n as u64);
+            for (top_k, top_p) in [(0, 1.0), (3, 1.0), (40, 0.95), (150, 0.9), (200, 1.0), (0, 0.6)] {
+                check(device, &logits, options(1.1, top_k, top_p), 0..3);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_vocabulary_matches_f64() {
+    let logits = like_a_model(MAX_VOCAB - 3, 12);
+    for device in devices() {
+        for options in [options(0.0, 0, 1.0), options(0.8, 40, 0.95), options(0.8, 0, 1.0)] {
+            check(device, &logits, options, 0..1);
+        }
+    }
+}
+
+#[test]
+fn tokens_that_meet_in_one_group_are_all_kept() {
+    // As many as a group has, more and fewer than are compared with each other.
+    for n_large in [50, 127, 200, 1000] {
+        let mut logits = like_a_model(40_000, 8);
+        for (i, logit) in logits[20_000..20_000 + n_large].iter_mut().enumerate() {
+            *logit = 30.0 - (i % 11) as f32 * 0.3;
+        }
+        for device in devices() {
+            for (top_k, top_p) in
+                [(1, 0.5), (5, 1.0), (40, 0.95), (120, 1.0), (192, 0.8), (193, 0.8), (0, 0.9)]
+            {
+                check(device, &logits, options(2.0, top_k, top_p), 0..4);
+            }
+        }
+    }
+}
+
+#[test]
+fn tokens_of_nearly_the_same_likelihood_are_told_apart() {
+    // All within what the distances to the largest tell apart, or so far below it that none is told from another.
+    for (top, spread) in [(0.0, 0.01), (0.0, 1e-6), (200.0, 1.0), (f32::MAX, 1.0)] {
+        let mut random = Random::new(77);
+        let mut logits: Vec<f32> = (0..6000).map(|_| spread * random.symmetric()).collect();
+        logits[4321] = top + 2.0 * spread;
+        for device in devices() {
+            for (top_k, top_p) in [(2, 1.0), (40, 0.95), (300, 1.0), (0, 0.7)] {
+                check(device, &logits, options(1.0, top_k, top_p), 0..6);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_workspace_serves_any_vocabulary() {
+    for device in devices() {
+        let mut workspace = SampleWorkspace::alloc(device).unwrap();
+        for n in [49_152, 5, 3000, 128, 49_152] {
+            for options in [options(0.0, 0, 1.0), options(0.9, 40, 0.95), options(0.9, 0, 0.9)] {
+                let mut chooser = Chooser::new(device, &like_a_model(n, 5), options);
+                let expected = chooser.at(9);
+                chooser.workspaces.push(workspace);
+                for position in [9, 9, 9] {
+                    assert_eq!(chooser.at_with(position, 3), expected, "{n} tokens, {options:?}");
+                }
+                workspace = chooser.workspaces.pop().unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn senseless_numbers_of_groups_are_refused() {
+    for n in [0, MAX_GROUPS + 1] {
+        let error = SampleWorkspace::with_groups(&devices()[0], n).unwrap_err().to_string();
+        assert!(error.contains(&format!("found {n}")), "{error}");
     }
 }

@@ -87,6 +87,25 @@ pub fn warp_reduce_max<T: Reduce>(mask: u32, value: T, width: u32) -> T {
     }
 }
 
+/// The largest `value` in the whole warp, in one instruction.
+#[inline(always)]
+#[track_caller]
+pub fn warp_max_u32(value: u32) -> u32 {
+    cfg_select! {
+        // SAFETY: a reduction touches no memory.
+        target_arch = "nvptx64" => unsafe { device::max(value, super::FULL_MASK) },
+        _ => collective::<Maximum<u32>>(super::FULL_MASK, super::WARP_SIZE, value),
+    }
+}
+
+#[cfg(target_arch = "nvptx64")]
+mod device {
+    unsafe extern "unadjusted" {
+        #[link_name = "llvm.nvvm.redux.sync.umax"]
+        pub(super) fn max(value: u32, mask: u32) -> u32;
+    }
+}
+
 /// [`warp_reduce_add`] of several values at once.
 #[inline(always)]
 #[track_caller]

@@ -104,7 +104,7 @@ fn votes_count_the_lanes_of_the_mask() {
 
 /// The reductions at once: sum, maximum, two sums, integer sum and maximum.
 #[kernel]
-pub unsafe fn reductions(x: *const f32, out: *mut [f32; 4], integers: *mut [i32; 3], width: u32) {
+pub unsafe fn reductions(x: *const f32, out: *mut [f32; 4], integers: *mut [i32; 4], width: u32) {
     let i = index_1d() as usize;
     // SAFETY: one element per thread.
     unsafe {
@@ -116,6 +116,7 @@ pub unsafe fn reductions(x: *const f32, out: *mut [f32; 4], integers: *mut [i32;
             warp_reduce_add(FULL_MASK, value.to_bits() as i32, width),
             warp_reduce_max(FULL_MASK, value.to_bits() as i32, width),
             warp_reduce_max(FULL_MASK, value.to_bits(), width) as i32,
+            warp_max_u32(value.to_bits()) as i32,
         ];
     }
 }
@@ -134,7 +135,7 @@ fn butterfly<T: Copy>(mut values: Vec<T>, width: usize, combine: impl Fn(T, T) -
 fn reductions_equal_a_butterfly_to_the_bit() {
     let x = values(96 * 3);
     for width in [1, 2, 4, 8, 16, 32] {
-        let (mut out, mut integers) = (vec![[0.0; 4]; x.len()], vec![[0; 3]; x.len()]);
+        let (mut out, mut integers) = (vec![[0.0; 4]; x.len()], vec![[0; 4]; x.len()]);
         launch(&REDUCTIONS, 3, 96, (x.as_ptr(), out.as_mut_ptr(), integers.as_mut_ptr(), width));
         let width = width as usize;
         let sum = butterfly(x.clone(), width, |a, b| a + b);
@@ -144,10 +145,11 @@ fn reductions_equal_a_butterfly_to_the_bit() {
         let integer_sum = butterfly(bits.clone(), width, i32::wrapping_add);
         let integer_max = butterfly(bits.clone(), width, i32::max);
         let unsigned_max = butterfly(bits, width, |a, b| (a as u32).max(b as u32) as i32);
+        let warp_max = butterfly(unsigned_max.clone(), 32, |a, b| (a as u32).max(b as u32) as i32);
         for i in 0..x.len() {
             let expected = [sum[i], max[i], sum[i], sum3[i]].map(f32::to_bits);
             assert_eq!(out[i].map(f32::to_bits), expected, "thread {i}, width {width}");
-            assert_eq!(integers[i], [integer_sum[i], integer_max[i], unsigned_max[i]]);
+            assert_eq!(integers[i], [integer_sum[i], integer_max[i], unsigned_max[i], warp_max[i]]);
         }
     }
 }

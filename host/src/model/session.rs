@@ -7,7 +7,7 @@ use super::trace::{Halt, Op, Point, Probe};
 use super::weights::GateUp;
 use super::{Fusion, Model, weights};
 use crate::device::{Buffer, HostBuffer, Recording, Signal};
-use crate::ops::{self, AttentionWorkspace, Chunk, KvCache};
+use crate::ops::{self, AttentionWorkspace, Chunk, KvCache, SampleWorkspace};
 use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
@@ -40,9 +40,10 @@ pub struct Session<'m> {
     caches: Vec<KvCache>,
     /// Where [`greedy`](Self::greedy) leaves its token.
     next: Buffer<u32>,
-    /// How the device is to choose, and where it leaves the tokens that it chose: the one after position `p` in place
+    /// How the device is to choose, what it needs for that, and where it leaves the tokens that it chose: the one after position `p` in place
     /// `p % MAX_AHEAD`.
     sampling: Buffer<SamplingParameters>,
+    sample_workspace: SampleWorkspace,
     chosen: HostBuffer<u32>,
     /// Ends of the steps that are under way, oldest first.
     ahead: VecDeque<Signal>,
@@ -101,6 +102,7 @@ impl<'m> Session<'m> {
             caches,
             next: device.alloc_from(&[0u32])?,
             sampling: device.alloc_from(&[SamplingOptions::default().parameters()])?,
+            sample_workspace: SampleWorkspace::alloc(device)?,
             chosen: device.alloc_host(MAX_AHEAD)?,
             ahead: VecDeque::new(),
             has_chosen: false,
@@ -306,8 +308,9 @@ impl<'m> Session<'m> {
         let step = Step { token: 0, position: self.position as u32 - 1 };
         device.upload(&mut self.buffers.steps, &[step])?;
         let (logits, n_vocab) = (&self.logits, self.model.config.n_vocab);
-        let (step, chosen) = (&mut self.buffers.steps, self.chosen.as_buffer());
-        ops::sample(device, logits, n_vocab, &self.sampling, step, chosen, MAX_AHEAD)?;
+        let (workspace, step) = (&mut self.sample_workspace, &mut self.buffers.steps);
+        let chosen = self.chosen.as_buffer();
+        ops::sample(device, logits, n_vocab, &self.sampling, workspace, step, chosen, MAX_AHEAD)?;
         self.has_chosen = true;
         self.ahead.push_back(device.signal()?);
         self.next_chosen()
@@ -422,8 +425,9 @@ impl<'m> Session<'m> {
         forward(device, weights, settings, &mut self.caches, b, Tokens::One, logits, probe)?;
         if kind == Kind::Choice {
             let chosen = self.chosen.as_buffer();
-            let (logits, steps) = (&self.logits, &mut b.steps);
-            ops::sample(device, logits, config.n_vocab, &self.sampling, steps, chosen, MAX_AHEAD)?;
+            let (logits, sampling) = (&self.logits, &self.sampling);
+            let (workspace, steps) = (&mut self.sample_workspace, &mut b.steps);
+            ops::sample(device, logits, config.n_vocab, sampling, workspace, steps, chosen, MAX_AHEAD)?;
             probe.passed(Op::Choice, 0)?;
         }
         Ok(())

@@ -7,7 +7,6 @@ use gpu_kernels::activations::{OCTET, Q8_1_BLOCK};
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::operand;
 use gpu_kernels::rows::RowOrder;
-use gpu_kernels::sample::{self as sample_kernel, SamplingParameters};
 use gpu_kernels::step::Step;
 use gpu_kernels::{
     argmax as argmax_kernel, embed as embed_kernel, quantize, residual, rms_norm as rms_norm_kernel,
@@ -141,43 +140,4 @@ pub fn argmax(device: &Device, x: &Buffer<f32>, index: &mut Buffer<u32>) -> Resu
     let arguments = (x.as_ptr(), index.as_mut_ptr(), dim(x.len())?);
     // SAFETY: the lengths are checked.
     unsafe { device.launch(&argmax_kernel::ARGMAX, launch_1d(1, argmax_kernel::BLOCK_DIM)?, arguments) }
-}
-
-/// Chooses a token by its logit, `n_vocab` of them, into one of `n_places` places of `chosen`, number `position %
-/// n_places`, and makes it the step's at the next position.
-///
-/// Where no logit is a number above -inf it chooses [`NO_TOKEN`](sample_kernel::NO_TOKEN), and the step's token is 0.
-///
-/// # Errors
-/// When there are no tokens or more than [`MAX_VOCAB`](sample_kernel::MAX_VOCAB), a buffer is too short, or the launch
-/// fails.
-pub fn sample(
-    device: &Device,
-    logits: &Buffer<f32>,
-    n_vocab: usize,
-    parameters: &Buffer<SamplingParameters>,
-    step: &mut Buffer<Step>,
-    chosen: &mut Buffer<u32>,
-    n_places: usize,
-) -> Result<()> {
-    ensure!(n_places > 0, "sample: there is no place for what is chosen");
-    ensure!(
-        (1..=sample_kernel::MAX_VOCAB).contains(&n_vocab),
-        "sample: a vocabulary of {n_vocab} tokens, 1 to {} are possible",
-        sample_kernel::MAX_VOCAB
-    );
-    at_least("sample", "logits", logits, n_vocab)?;
-    at_least("sample", "parameters", parameters, 1)?;
-    at_least("sample", "step", step, 1)?;
-    at_least("sample", "chosen", chosen, n_places)?;
-    let arguments = (
-        logits.as_ptr(),
-        dim(n_vocab)?,
-        parameters.as_ptr(),
-        step.as_mut_ptr(),
-        chosen.as_mut_ptr(),
-        dim(n_places)?,
-    );
-    // SAFETY: the lengths are checked.
-    unsafe { device.launch(&sample_kernel::SAMPLE, launch_1d(1, sample_kernel::BLOCK_DIM)?, arguments) }
 }

@@ -9,16 +9,18 @@ mod gemv;
 mod kv;
 mod matrix;
 mod read;
+mod sample;
 mod schedule;
 mod types;
 
 pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, prefill_attention, rope};
-pub use elementwise::{argmax, embed, make_operand, quantize_q8_1, residual_add, rms_norm, sample, swiglu};
+pub use elementwise::{argmax, embed, make_operand, quantize_q8_1, residual_add, rms_norm, swiglu};
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use kv::{KvCache, KvLayer, KvStage, KvView, QuantizedKvLayer, quantize_kv};
 pub use matrix::{Matrix, Packer};
 pub use read::read;
+pub use sample::{SampleWorkspace, sample};
 pub use types::{Chunk, Input, Next, Norm, Operand, Q8_1Vector, Rope};
 
 use crate::device::Buffer;

@@ -1,0 +1,81 @@
+//! Tokens by likelihood: their order, their weights, and what is wanted of a sum of weights.
+
+use cuda_std::float::exp2;
+
+/// The lowest rank of a token that can be chosen: the one that follows all of -inf's.
+pub(super) const USABLE: u64 = (!f32::NEG_INFINITY.to_bits() as u64 + 1) << 32;
+
+/// A token's place in the order of likelihood: higher for a larger logit, among equals for a lower id. Below
+/// [`USABLE`] for NaN and -inf.
+///
+/// Floats are ordered as integers are once the bits of negative ones, or else the sign, are inverted (Herf, 2001).
+#[inline(always)]
+pub(super) fn rank(id: u32, logit: f32) -> u64 {
+    let bits = (logit + 0.0).to_bits(); // -0 becomes 0
+    let key = if logit > f32::NEG_INFINITY { bits ^ ((bits as i32 >> 31) as u32 | 1 << 31) } else { 0 };
+    u64::from(key) << 32 | u64::from(!id)
+}
+
+/// The logit of a token of this rank.
+#[inline(always)]
+pub(super) fn logit_of(rank: u64) -> f32 {
+    let key = (rank >> 32) as u32;
+    f32::from_bits(if key >> 31 == 1 { key ^ 1 << 31 } else { !key })
+}
+
+/// The token of this rank.
+#[inline(always)]
+pub(super) fn id_of(rank: u64) -> u32 {
+    !(rank as u32)
+}
+
+/// What a token adds to a sum.
+#[derive(Clone, Copy)]
+pub(super) struct Measure {
+    /// The largest logit.
+    pub(super) top: f32,
+    /// What a difference of logits is multiplied with to become a power of two.
+    pub(super) scale: f32,
+    /// Whether each token counts as 1 instead.
+    pub(super) count: bool,
+}
+
+impl Measure {
+    /// `exp((logit - top) / temperature)` in units of 2^-31, rounded; 0 for NaN and -inf.
+    #[inline(always)]
+    pub(super) fn of(self, logit: f32) -> u32 {
+        const ONE: f32 = (1u32 << 31) as f32;
+        if self.count { 1 } else { (exp2((logit - self.top) * self.scale) * ONE + 0.5) as u32 }
+    }
+}
+
+/// How much is wanted of a sum.
+#[derive(Clone, Copy)]
+pub(super) enum Wanted {
+    Amount(u64),
+    /// A part of all there is, in units of 2^-64; rounded up, and at least 1.
+    Part(u64),
+}
+
+impl Wanted {
+    #[inline(always)]
+    pub(super) fn of(self, total: u64) -> u64 {
+        match self {
+            Self::Amount(amount) => amount,
+            Self::Part(part) => {
+                let product = u128::from(part) * u128::from(total);
+                let amount = (product >> 64) as u64 + u64::from(product as u64 > 0);
+                if amount > 1 { amount } else { 1 }
+            }
+        }
+    }
+}
+
+/// 64 random bits: number `position` of the generator SplitMix64 (Steele, Lea and Flood, 2014) with this seed.
+#[inline(always)]
+pub(super) fn random_bits(seed: u64, position: u32) -> u64 {
+    let z = seed.wrapping_add((u64::from(position) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
