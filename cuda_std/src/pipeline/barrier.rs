@@ -43,27 +43,33 @@ pub(super) unsafe fn arrive_with_copies(barrier: u32) {
 /// It is a barrier.
 #[inline(always)]
 pub(super) unsafe fn wait(barrier: u32, parity: u32) {
-    loop {
-        let is_over: u32;
-        // SAFETY: looks at the barrier, or waits for some time. Not `nomem`: what follows may not be moved before it.
-        unsafe {
-            core::arch::asm!(
-                "{{",
-                ".reg .pred over;",
-                cfg_select! {
-                    cuda_sm_90 => "mbarrier.try_wait.parity.shared.b64 over, [{barrier}], {parity};",
-                    _ => "mbarrier.test_wait.parity.shared.b64 over, [{barrier}], {parity};",
-                },
-                "selp.u32 {is_over}, 1, 0, over;",
-                "}}",
-                is_over = out(reg32) is_over,
-                barrier = in(reg32) barrier,
-                parity = in(reg32) parity,
-                options(nostack, preserves_flags),
-            );
-        }
-        if is_over != 0 {
-            break;
-        }
+    // SAFETY: the caller's promise.
+    while !unsafe { is_over(barrier, parity) } {}
+}
+
+/// Whether the barrier at this address has completed a round of this parity; may wait for that for some time.
+///
+/// # Safety
+/// It is a barrier.
+#[inline(always)]
+pub(super) unsafe fn is_over(barrier: u32, parity: u32) -> bool {
+    let is_over: u32;
+    // SAFETY: looks at the barrier, or waits for some time. Not `nomem`: what follows may not be moved before it.
+    unsafe {
+        core::arch::asm!(
+            "{{",
+            ".reg .pred over;",
+            cfg_select! {
+                cuda_sm_90 => "mbarrier.try_wait.parity.shared.b64 over, [{barrier}], {parity};",
+                _ => "mbarrier.test_wait.parity.shared.b64 over, [{barrier}], {parity};",
+            },
+            "selp.u32 {is_over}, 1, 0, over;",
+            "}}",
+            is_over = out(reg32) is_over,
+            barrier = in(reg32) barrier,
+            parity = in(reg32) parity,
+            options(nostack, preserves_flags),
+        );
     }
+    is_over != 0
 }

@@ -24,8 +24,9 @@ pub struct PacedCopy {
 
 /// Words of a barrier.
 const BARRIER_WORDS: u32 = 2;
-/// Bytes of a piece, a power of two.
-const PIECE_BYTES: u32 = 4096;
+/// Bytes of a piece, a multiple of 16. With fewer there is more to wait for one by one, with more it takes longer until the
+/// first can be used (docs/performance.md, version 8).
+const PIECE_BYTES: u32 = 6 << 10;
 
 impl PacedCopy {
     /// Words of shared memory for the barriers of copies of up to `bytes` bytes.
@@ -71,11 +72,36 @@ impl PacedCopy {
         }
     }
 
-    /// Waits until bytes `start` to `end` of copy number `round` have arrived.
+    /// Waits until bytes `start` to `end`, at least one, of copy number `round` have arrived.
     #[inline(always)]
     pub fn wait(&self, round: u32, start: u32, end: u32) {
+        if !self.have_arrived(round, start, end) {
+            self.wait_in_turn(round, start, end);
+        }
+    }
+
+    /// As [`wait`](Self::wait), of two ranges `[start, end]`, the second one behind the first.
+    #[inline(always)]
+    pub fn wait_for_two(&self, round: u32, first: [u32; 2], second: [u32; 2]) {
+        // Most have arrived when they are wanted: what says so is asked for all at once.
+        if !(self.have_arrived(round, first[0], first[1]) & self.have_arrived(round, second[0], second[1])) {
+            // What lies between them has been asked for before the second.
+            self.wait_in_turn(round, first[0], second[1]);
+        }
+    }
+
+    /// Whether the bytes have arrived, as far as that is known: those of a piece or two.
+    #[inline(always)]
+    fn have_arrived(&self, round: u32, start: u32, end: u32) -> bool {
+        let (first, last) = (start / PIECE_BYTES, (end - 1) / PIECE_BYTES);
+        (last - first < 2) & self.has_arrived(first, round) & self.has_arrived(last, round)
+    }
+
+    #[inline(always)]
+    fn wait_in_turn(&self, round: u32, start: u32, end: u32) {
+        let last = (end - 1) / PIECE_BYTES;
         let mut piece = start / PIECE_BYTES;
-        while piece * PIECE_BYTES < end {
+        while piece <= last {
             self.wait_for(piece, round);
             piece += 1;
         }
@@ -94,6 +120,12 @@ impl PacedCopy {
         let fillers = if cfg!(cuda_sm_90) { 1 } else { crate::warp::WARP_SIZE };
         // SAFETY: the barrier is this thread's until the block meets.
         unsafe { barrier::init(self.memory.address_of(self.barrier(piece) as usize), fillers) };
+    }
+
+    #[inline(always)]
+    fn has_arrived(&self, piece: u32, round: u32) -> bool {
+        // SAFETY: the barrier is the block's.
+        unsafe { barrier::is_over(self.memory.address_of(self.barrier(piece) as usize), round & 1) }
     }
 
     #[inline(always)]
@@ -143,8 +175,12 @@ impl PacedCopy {
         self.memory.set(self.barrier(piece) as usize, 0);
     }
 
+    fn has_arrived(&self, piece: u32, round: u32) -> bool {
+        self.memory.get(self.barrier(piece) as usize) > round
+    }
+
     fn wait_for(&self, piece: u32, round: u32) {
-        while self.memory.get(self.barrier(piece) as usize) <= round {
+        while !self.has_arrived(piece, round) {
             crate::emulator::with_thread(|thread| thread.spin());
         }
     }

@@ -53,7 +53,8 @@ impl WeightFormat for Q6_K {
     const FORMAT: Format = Format::Q6_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 210;
-    const IN_PAIRS: bool = true;
+    // On older GPUs that would be a few registers too many.
+    const IN_PAIRS: bool = cfg!(any(cuda_sm_90, not(target_arch = "nvptx64")));
     type Unit = IntegerUnit<32, 2>;
 
     #[inline(always)]

@@ -330,12 +330,12 @@ impl Work {
                 fetched = fetch(tile + schedule.tile_warps);
             }
             let n_tile_units = units_of(tile);
-            let source = |quad: u32| {
+            let place = |quad: u32| {
                 let start = quad * matrix.quad_bytes + (tile - tiles.start) * matrix.tile_bytes;
                 let bytes = if tile + 1 == n_tiles { matrix.last_tile_bytes } else { matrix.tile_bytes };
-                copy.wait(round, start, start + bytes);
-                SharedTile { memory, start: start as usize / 4 }
+                [start, start + bytes]
             };
+            let source = |[start, _]: [u32; 2]| SharedTile { memory, start: start as usize / 4 };
             let dots = |source: SharedTile| {
                 D::dots::<X>(
                     matrix.format,
@@ -356,7 +356,9 @@ impl Work {
             let mut quad = first_quad;
             // Two at a time: one's instructions need not wait for what the other's give.
             while D::IN_PAIRS && quad + quad_warps < band.n_quads {
-                let (near, far) = (source(quad), source(quad + quad_warps));
+                let (near, far) = (place(quad), place(quad + quad_warps));
+                copy.wait_for_two(round, near, far);
+                let (near, far) = (source(near), source(far));
                 let (mut near_sums, mut far_sums) = ([0.0f32; TILE_ROWS], [0.0f32; TILE_ROWS]);
                 if has_unit {
                     (near_sums, far_sums) = (dots(near), dots(far));
@@ -367,7 +369,9 @@ impl Work {
                 quad += 2 * quad_warps;
             }
             while quad < band.n_quads {
-                let source = source(quad);
+                let place = place(quad);
+                copy.wait(round, place[0], place[1]);
+                let source = source(place);
                 let mut sums = [0.0f32; TILE_ROWS];
                 if has_unit {
                     sums = dots(source);

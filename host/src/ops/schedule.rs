@@ -33,11 +33,11 @@ pub(super) struct Chain {
 
 impl Chain {
     /// Attention follows, which reads little: there is the more time to fill places with the weights that come after it.
-    pub(super) const QKV: Self = Self { at_once: 2, window: 3 };
+    pub(super) const QKV: Self = Self { at_once: 2, window: 2 };
     /// Added onto the hidden state; what it waits for, attention's reads above all, should not stand in line behind it.
-    pub(super) const ADDED: Self = Self { at_once: 3, window: 2 };
+    pub(super) const ADDED: Self = Self { at_once: 3, window: 1 };
     /// All others.
-    pub(super) const OTHER: Self = Self { at_once: 3, window: 3 };
+    pub(super) const OTHER: Self = Self { at_once: 3, window: 2 };
 }
 
 /// What a block has in shared memory beside the weights of its band, at most.
@@ -49,6 +49,8 @@ const RESERVED_BYTES: usize = 1 << 10;
 const LONG_WARPS: usize = WARPS as usize / 2 - 1;
 /// Tiles from which on a quad is long: with a tile or two for each warp, the vector is quantized by more warps at once.
 const LONG_TILES: usize = 8;
+/// Pieces on their way in such a block, of which a multiprocessor has two.
+const LONG_WINDOW: u32 = 3;
 /// The least tiles that make a block worth its start.
 const LEAST_TILES: usize = 2;
 
@@ -90,8 +92,8 @@ impl Blocks {
                 let blocks = n_quads.div_ceil(quads);
                 quads < 2 || fit(quads, 2, 3) && (rounds == 1 || 10 * blocks >= 9 * rounds * places)
             };
-            if let Some((rounds, quads @ 2..)) = bands.find(is_good) {
-                return Self { warps: LONG_WARPS, quads, window: if rounds == 1 { 5 } else { 4 } };
+            if let Some((_, quads @ 2..)) = bands.find(is_good) {
+                return Self { warps: LONG_WARPS, quads, window: LONG_WINDOW };
             }
         }
         // In one round, give or take a twentieth of the blocks, which leaves a third of shared memory to the kernels after it.
