@@ -435,7 +435,7 @@ fn a_prompt_gives_the_same_logits_at_once_and_token_by_token() {
                     (all, logits(&mut fed))
                 };
                 let (one_by_one, last_one) = run(1, true);
-                for n_batch in [4, 5, 7, 12, 64] {
+                for n_batch in [2, 3, 4, 5, 7, 12, 64] {
                     let what = format!("{}, {n_batch} at a time, {}", made_up.shape.what, device.describe());
                     let (found, last) = run(n_batch, false);
                     let n_vocab = made_up.shape.n_vocab;

@@ -1,5 +1,6 @@
 //! The compiled kernels: they assemble for every architecture, spill nothing where it counts, and use dp4a.
 
+use gpu_kernels::gemv::few::FEW_TOKENS;
 use host::device::{ptx_image_for, ptx_images};
 use std::path::PathBuf;
 use std::process::Command;
@@ -69,8 +70,17 @@ fn kernels_assemble_without_spills() {
         let architecture = if image.runs_on(architecture + 1) { own.as_str() } else { image.arch };
         let usages = assemble(architecture, image.text);
         assert_eq!(usages.len(), image.kernels().count());
-        for prefix in ["gemv", "gemm", "pack_panels", "attention", "prefill_attention", "rms_norm", "sample"]
-        {
+        for prefix in [
+            "gemv",
+            "gemv_few",
+            "gemm",
+            "pack_panels",
+            "quantize_tokens",
+            "attention",
+            "prefill_attention",
+            "rms_norm",
+            "sample",
+        ] {
             let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
             assert!(!hot.is_empty(), "no kernel is called {prefix}...");
             let most = hot.iter().max_by_key(|usage| usage.registers).unwrap();
@@ -129,11 +139,15 @@ fn products_for_many_tokens_use_tensor_cores() {
 fn integer_kernels_use_dp4a() {
     for image in ptx_images() {
         let arch = image.arch;
-        for format in ["q8_0", "q4_1", "q4_k", "q6_k"] {
-            let body = image.module(&format!("gemv_{format}")).unwrap();
-            let count = body.matches("dp4a.s32.s32").count();
-            assert!(count >= 8, "{arch}: gemv_{format} has {count} dp4a instructions");
-            assert!(!body.contains(".local"), "{arch}: gemv_{format} uses local memory");
+        // For each token the eight of a unit.
+        for (kernel, n_tokens) in [("gemv", 1), ("gemv_few", FEW_TOKENS)] {
+            for format in ["q8_0", "q4_1", "q4_k", "q6_k"] {
+                let name = format!("{kernel}_{format}");
+                let body = image.module(&name).unwrap();
+                let count = body.matches("dp4a.s32.s32").count();
+                assert!(count >= 8 * n_tokens, "{arch}: {name} has {count} dp4a instructions");
+                assert!(!body.contains(".local"), "{arch}: {name} uses local memory");
+            }
         }
     }
 }

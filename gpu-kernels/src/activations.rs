@@ -139,6 +139,36 @@ impl Q8_1Unit {
     }
 }
 
+/// A unit of a vector in Q8_1 on its way from device memory: nothing has looked at it yet.
+#[derive(Clone, Copy, Debug)]
+pub struct FetchedQ8_1 {
+    words: [u32; UNIT_WORDS],
+    d: f32,
+}
+
+impl FetchedQ8_1 {
+    /// Asks for unit `unit`.
+    ///
+    /// # Safety
+    /// The pointers are to the integers and scales of a vector in device memory, as [`Input`] has them, that has the unit.
+    #[inline(always)]
+    pub unsafe fn fetch(quants: *const u32, scales: *const Q8_1Scale, unit: usize) -> Self {
+        // SAFETY: the unit is inside the vector, as the caller vouches.
+        let ([a, b, c, d], [e, f, g, h], [scale, _]) = unsafe {
+            let quants = quants.add(unit * UNIT_WORDS).cast::<[u32; 4]>();
+            let scale = scales.add(unit).cast();
+            (ld_global_u32x4(quants), ld_global_u32x4(quants.add(1)), ld_global_u32x2(scale))
+        };
+        Self { words: [a, b, c, d, e, f, g, h], d: f32::from_bits(scale) }
+    }
+
+    /// The unit.
+    #[inline(always)]
+    pub fn unit(self) -> Q8_1Unit {
+        Q8_1Unit::new(self.words, self.d)
+    }
+}
+
 impl Activations for Q8_1 {
     /// Of an operand 32 bfloat16, of Q8_1 eight words of integers and a factor.
     type Fetched = [u32; UNIT / 2];
@@ -148,14 +178,10 @@ impl Activations for Q8_1 {
     unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [u32; UNIT / 2] {
         let (tile, unit) = (tile as usize, unit as usize);
         if input.words.is_null() {
-            let unit = tile * TILE_UNITS + unit;
             // SAFETY: the unit is inside the vector, as the caller vouches.
-            let ([a, b, c, d], [e, f, g, h], [scale, _]) = unsafe {
-                let quants = input.quants.add(unit * UNIT_WORDS).cast::<[u32; 4]>();
-                let scale = input.scales.add(unit).cast();
-                (ld_global_u32x4(quants), ld_global_u32x4(quants.add(1)), ld_global_u32x2(scale))
-            };
-            return [a, b, c, d, e, f, g, h, scale, 0, 0, 0, 0, 0, 0, 0];
+            let FetchedQ8_1 { words: [a, b, c, d, e, f, g, h], d: scale } =
+                unsafe { FetchedQ8_1::fetch(input.quants, input.scales, tile * TILE_UNITS + unit) };
+            return [a, b, c, d, e, f, g, h, scale.to_bits(), 0, 0, 0, 0, 0, 0, 0];
         }
         // SAFETY: the unit is inside the vector, as the caller vouches.
         let part = |i: usize| unsafe {

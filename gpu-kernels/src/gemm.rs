@@ -19,8 +19,8 @@ use crate::formats::tile::{DeviceTile, Fetched, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::gemv::band::Quad;
-use crate::gemv::epilogue::{Add, Epilogue, Qkv, Store, Swiglu};
-use crate::operand::Operand;
+use crate::gemv::epilogue::Epilogue;
+use crate::many_output::{ForTokens, Output};
 use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, PanelPiece, Panels, ROW_BYTES, rest};
 use core::ops::Range;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
@@ -46,34 +46,6 @@ const WARP_QUADS: usize = 4;
 pub const BLOCK_QUADS: usize = WARPS * WARP_QUADS;
 /// Most places for activations in shared memory.
 pub const MAX_STAGES: usize = 8;
-
-/// What becomes of the products.
-#[repr(u32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OutputKind {
-    /// `y = W x`.
-    Store = 0,
-    /// `y += W x`.
-    Add = 1,
-    /// `y = silu(G x) * (U x)`.
-    Swiglu = 2,
-    /// Queries, keys and values.
-    Qkv = 3,
-}
-
-/// Where the products go.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Output {
-    /// An [`OutputKind`].
-    pub kind: u32,
-    /// Values of `y` from one token to the next, a multiple of 4.
-    pub stride: u32,
-    /// `[n_tokens, stride]`, at a multiple of 16 bytes.
-    pub y: *mut f32,
-    /// For queries, keys and values: of the first token. The queries, rotations and steps of the others follow.
-    pub qkv: Qkv,
-}
 
 /// A launch's shape.
 #[repr(C)]
@@ -105,10 +77,7 @@ pub struct Splits {
 // SAFETY: pointers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Splits {}
 #[cfg(not(target_arch = "nvptx64"))]
-// SAFETY: pointers and numbers in C's layout, alike on both sides.
-unsafe impl cuda_std::launch::KernelArg for Output {}
-#[cfg(not(target_arch = "nvptx64"))]
-// SAFETY: as above.
+// SAFETY: numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Shape {}
 
 /// Tokens in a tile, of which a lane has so many sums.
@@ -270,34 +239,36 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
     sums
 }
 
-/// Finishes a warp's quads for every token of the tile.
-///
-/// # Safety
-/// The epilogue keeps its contract for every token; the words from `at` on are this warp's.
-#[inline(always)]
-unsafe fn finish<E: Epilogue>(
+/// Finishes a warp's quads for every token of the tile. The words from `at` on are the warp's.
+struct Finish {
     memory: DynamicShared<u32>,
+    /// The word at which the sums start.
     at: u32,
     first: Quad,
     matrix: MatrixRef,
     tokens: Range<u32>,
-    epilogue: impl Fn(u32) -> E,
-) {
-    let lane = lane_id();
-    let quad = Quad { number: first.number + lane % WARP_QUADS as u32, ..first };
-    let first_token = tokens.start;
-    let mut token = first_token + lane / WARP_QUADS as u32;
-    while token < tokens.end && quad.number < matrix.n_quads {
-        let place =
-            at + (token - first_token) * TOKEN_WORDS as u32 + lane % WARP_QUADS as u32 * TILE_ROWS as u32;
-        let sums = memory.get4(place as usize).map(f32::from_bits);
-        let epilogue = epilogue(token);
-        // SAFETY: the quad is the matrix's, and only this thread finishes it for this token.
-        unsafe {
-            let prepared = epilogue.prepare(quad, matrix);
-            let _ = epilogue.finish(quad, matrix, sums, prepared);
+}
+
+impl ForTokens for Finish {
+    #[inline(always)]
+    unsafe fn with<E: Epilogue>(self, epilogue: impl Fn(u32) -> E) {
+        let Self { memory, at, first, matrix, tokens } = self;
+        let lane = lane_id();
+        let quad = Quad { number: first.number + lane % WARP_QUADS as u32, ..first };
+        let first_token = tokens.start;
+        let mut token = first_token + lane / WARP_QUADS as u32;
+        while token < tokens.end && quad.number < matrix.n_quads {
+            let place =
+                at + (token - first_token) * TOKEN_WORDS as u32 + lane % WARP_QUADS as u32 * TILE_ROWS as u32;
+            let sums = memory.get4(place as usize).map(f32::from_bits);
+            let epilogue = epilogue(token);
+            // SAFETY: the quad is the matrix's, and only this thread finishes it for this token.
+            unsafe {
+                let prepared = epilogue.prepare(quad, matrix);
+                let _ = epilogue.finish(quad, matrix, sums, prepared);
+            }
+            token += WARP_SIZE / WARP_QUADS as u32;
         }
-        token += WARP_SIZE / WARP_QUADS as u32;
     }
 }
 
@@ -410,22 +381,8 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
 
     let first = Quad { part, number: warp_quad };
     let tokens = first_token..(first_token + tile_tokens(SUMS) as u32).min(shape.n_tokens);
-    let y = |token: u32| output.y.wrapping_add(token as usize * output.stride as usize);
-    // SAFETY: the outputs are as their fields say.
-    unsafe {
-        if output.kind == OutputKind::Store as u32 {
-            finish(memory, at, first, matrix, tokens, |token| Store { y: y(token) });
-        } else if output.kind == OutputKind::Add as u32 {
-            finish(memory, at, first, matrix, tokens, |token| Add { y: y(token), operand: Operand::NOTHING });
-        } else if output.kind == OutputKind::Swiglu as u32 {
-            finish(memory, at, first, matrix, tokens, |token| Swiglu {
-                y: y(token),
-                operand: Operand::NOTHING,
-            });
-        } else {
-            finish(memory, at, first, matrix, tokens, |token| output.qkv.at_token(token, output.stride));
-        }
-    }
+    // SAFETY: the output is as its fields say.
+    unsafe { output.dispatch(Finish { memory, at, first, matrix, tokens }) };
 }
 
 macro_rules! define_kernels {

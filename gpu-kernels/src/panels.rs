@@ -9,12 +9,12 @@
 //! On the exact path a value is the sum of two bfloat16, the nearest one and the nearest one of what is left: 16 bits,
 //! each in panels of its own.
 
-use crate::block::block_sum;
 use crate::formats::UNIT;
+use crate::normalised::TokenVector;
 use bytemuck::{Pod, Zeroable};
-use cuda_std::float::{bf16x2_to_f32, f32_to_bf16x2, rsqrt};
+use cuda_std::float::{bf16x2_to_f32, f32_to_bf16x2};
 use cuda_std::grid::{let_next_start, wait_for_previous};
-use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
+use cuda_std::memory::st_global_u32x4;
 use cuda_std::tensor::{PANEL_DEPTH, STEP_DEPTH, swizzled};
 use cuda_std::thread::{block_dim_x, block_idx_x, thread_idx_x};
 use cuda_std::{kernel, shared_array};
@@ -85,43 +85,13 @@ pub unsafe fn pack_panels(x: *const f32, gamma: *const f32, n: u32, eps: f32, pa
     wait_for_previous();
     let scratch = shared_array!(PACK_PANELS_SUMS: [f32; 32]);
     let (token, thread, stride) = (block_idx_x() as usize, thread_idx_x() as usize, block_dim_x() as usize);
-    let n = n as usize;
-    // SAFETY: the token is one of them.
-    let x = unsafe { x.add(token * n.next_multiple_of(4)) };
-    // Four columns of a vector; zeros beyond its end, whatever is there.
-    let four = |from: *const f32, column: usize| -> [f32; 4] {
-        if column >= n {
-            return [0.0; 4];
-        }
-        // SAFETY: the vector is filled up to a multiple of four values.
-        let [a, b, c, d] = unsafe { ld_global_u32x4(from.add(column).cast()) }.map(f32::from_bits);
-        let keep = |i: usize, value: f32| if column + i < n { value } else { 0.0 };
-        [a, keep(1, b), keep(2, c), keep(3, d)]
-    };
-    let mut scale = 1.0;
-    if !gamma.is_null() {
-        let mut sum = 0.0;
-        let mut column = 4 * thread;
-        while column < n {
-            let [a, b, c, d] = four(x, column);
-            sum += (a * a + b * b) + (c * c + d * d);
-            column += 4 * stride;
-        }
-        scale = rsqrt(block_sum(sum, scratch) / n as f32 + eps);
-    }
+    // SAFETY: the token is one of them; the vectors are as the caller vouches.
+    let vector = unsafe { TokenVector::new(x, gamma, block_idx_x(), n, eps, scratch) };
 
     let mut index = thread;
     while index < panels.n_groups() as usize * GROUP_STEPS {
         let (group, step) = (index / GROUP_STEPS, index % GROUP_STEPS);
-        let values = |member: usize| -> [f32; 4] {
-            let column = group * GROUP + member * UNIT + 4 * step;
-            let [a, b, c, d] = four(x, column);
-            if gamma.is_null() {
-                return [a, b, c, d];
-            }
-            let [ga, gb, gc, gd] = four(gamma, column);
-            [a * scale * ga, b * scale * gb, c * scale * gc, d * scale * gd]
-        };
+        let values = |member: usize| vector.four(group * GROUP + member * UNIT + 4 * step);
         let [m0, m1, m2, m3] = [values(0), values(1), values(2), values(3)];
         let panel = group * GROUP_PANELS + step / (GROUP_STEPS / GROUP_PANELS);
         let row = panel * panels.n_rows as usize + token;

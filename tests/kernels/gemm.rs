@@ -1,4 +1,5 @@
 //! Matrix products for many tokens: the fast path against a twin with the same rounded numbers, the exact path against f64.
+//! Those for a few tokens in Q8_1 are in [`super::few`], and as cases here where the output is what counts.
 
 use super::formats::{dequantize, random_blocks};
 use super::gemv::{normalised, product, widen};
@@ -9,7 +10,7 @@ use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
 use half::{bf16, f16};
 use host::device::Device;
-use host::ops::{self, KvLayer, ManyOutput, Matrix, Norm, Packer, Panels, QkvWeights, Rope};
+use host::ops::{self, KvLayer, ManyOutput, Matrix, Norm, Packer, Panels, Q8_1Vector, QkvWeights, Rope};
 
 /// Rows, columns and tokens: odd ones, all tilings, rows beyond a block, the inner dimensions of real models.
 const SHAPES: [(usize, usize, usize); 13] = [
@@ -28,14 +29,14 @@ const SHAPES: [(usize, usize, usize); 13] = [
     (19, 32, 5),
 ];
 
-/// Vectors in panels.
-fn packed(
+/// Vectors in panels, or in Q8_1 where `readers` take them so; `None` are matrices that do not.
+pub(super) fn packed(
     device: &Device,
     x: &[f32],
-    n_tokens: usize,
-    n_cols: usize,
+    [n_tokens, n_cols]: [usize; 2],
     norm: Option<Norm>,
     is_exact: bool,
+    readers: Option<&[&Matrix]>,
 ) -> Panels {
     let mut panels = Panels::alloc(device, n_tokens, n_cols, is_exact).unwrap();
     // Rows are filled up to a multiple of four values, which are nobody's.
@@ -45,8 +46,21 @@ fn packed(
         rows.resize(rows.len().next_multiple_of(4), f32::NAN);
     }
     let x = device.alloc_from(&rows).unwrap();
-    ops::pack_panels(device, &x, n_tokens, n_cols, norm, &mut panels).unwrap();
+    let other = Matrix::upload(device, Format::F32, 1, n_cols, &vec![0; 4 * n_cols]).unwrap();
+    ops::pack_panels(device, &x, n_tokens, n_cols, norm, readers.unwrap_or(&[&other]), &mut panels).unwrap();
     panels
+}
+
+/// What Q8_1 makes of each vector: the device's integers and factors, in f64.
+pub(super) fn in_q8_1(device: &Device, x: &[f32], n_cols: usize) -> Vec<f64> {
+    let of_token = |x: &[f32]| {
+        let mut q8 = Q8_1Vector::alloc(device, n_cols).unwrap();
+        ops::quantize_q8_1(device, &device.alloc_from(x).unwrap(), &mut q8).unwrap();
+        let quants: Vec<i8> = bytemuck::cast_slice(&device.to_vec(&q8.quants).unwrap()).to_vec();
+        let scales = device.to_vec(&q8.scales).unwrap();
+        (0..n_cols).map(|i| f64::from(scales[i / 32].d) * f64::from(quants[i])).collect::<Vec<_>>()
+    };
+    x.chunks_exact(n_cols).flat_map(of_token).collect()
 }
 
 fn rounded(values: &[f64]) -> Vec<f64> {
@@ -54,7 +68,7 @@ fn rounded(values: &[f64]) -> Vec<f64> {
 }
 
 /// `[n_tokens, stride]`, zeros beyond the rows, and the largest sum of magnitudes.
-fn products(weights: &[f64], x: &[f64], n_cols: usize, stride: usize) -> (Vec<f64>, f64) {
+pub(super) fn products(weights: &[f64], x: &[f64], n_cols: usize, stride: usize) -> (Vec<f64>, f64) {
     let mut size = 0.0f64;
     let mut all = Vec::new();
     for x in x.chunks_exact(n_cols) {
@@ -90,7 +104,7 @@ fn gemm_matches_f64() {
                 // Two numbers of eight bits each hold 16 of a value. On the fast path a weight that is in the middle between
                 // two of eight bits may go to the other one.
                 for (is_exact, expected, tolerance) in [(false, &twin, 2e-5), (true, &exact, 8e-6)] {
-                    let mut panels = packed(device, &x, n_tokens, n_cols, None, is_exact);
+                    let mut panels = packed(device, &x, [n_tokens, n_cols], None, is_exact, None);
                     let mut y = Guarded::holding(device, &vec![0.0; n_tokens * stride]);
                     // Twice with the same scratch: a launch leaves it as it was.
                     for _ in 0..2 {
@@ -116,7 +130,7 @@ fn products_are_added_to_what_is_there() {
         let (x, residual) = (random.vector(n_tokens * n_cols), random.vector(n_tokens * n_rows));
         let (mut expected, size) = products(&dequantize(Format::Q4_K, &blocks), &widen(&x), n_cols, n_rows);
         expected.iter_mut().zip(&residual).for_each(|(y, &r)| *y += f64::from(r));
-        let mut panels = packed(device, &x, n_tokens, n_cols, None, true);
+        let mut panels = packed(device, &x, [n_tokens, n_cols], None, true, None);
         let mut y = Guarded::holding(device, &residual);
         ops::gemm(device, &matrix, &mut panels, ManyOutput::Add(&mut y.buffer)).unwrap();
         assert_close(&y.finish(device, "add"), &expected, 8e-6, size, "add");
@@ -137,7 +151,7 @@ fn vectors_are_normalised_on_their_way_into_panels() {
             let normed: Vec<f64> = x.chunks_exact(n_cols).flat_map(|x| normalised(x, &gamma, 1e-5)).collect();
             let stride = n_rows.next_multiple_of(4);
             let (expected, size) = products(&dequantize(Format::F32, &blocks), &normed, n_cols, stride);
-            let mut panels = packed(device, &x, n_tokens, n_cols, norm, true);
+            let mut panels = packed(device, &x, [n_tokens, n_cols], norm, true, None);
             let mut y = Guarded::holding(device, &vec![0.0; n_tokens * stride]);
             ops::gemm(device, &matrix, &mut panels, ManyOutput::Set(&mut y.buffer)).unwrap();
             let what = format!("{n_cols} columns, {}", device.describe());
@@ -149,16 +163,24 @@ fn vectors_are_normalised_on_their_way_into_panels() {
 #[test]
 fn gate_and_up_become_one_product() {
     for device in devices() {
-        for (n_ff, n_cols, n_tokens) in [(2, 256, 1), (70, 512, 21), (192, 256, 130)] {
+        for (format, is_exact, n_ff, n_cols, n_tokens) in [
+            (Format::Q6_K, true, 2, 256, 1),
+            (Format::Q6_K, true, 70, 512, 21),
+            (Format::Q6_K, true, 192, 256, 130),
+            (Format::Q8_0, false, 2, 96, 1),
+            (Format::Q4_1, false, 70, 1056, 2),
+            (Format::Q4_K, false, 166, 1536, 3),
+            (Format::Q6_K, false, 38, 2304, 4),
+        ] {
             let mut random = Random::new(n_ff as u64);
-            let blocks = random_blocks(Format::Q6_K, 2 * n_ff, n_cols, &mut random);
+            let blocks = random_blocks(format, 2 * n_ff, n_cols, &mut random);
             let order = RowOrder { order: Order::Halves as u32, group: n_ff as u32, n_rot: 0 };
-            let matrix =
-                Packer::new(device).matrix(Format::Q6_K, 2 * n_ff, n_cols, order, &[&blocks]).unwrap();
+            let matrix = Packer::new(device).matrix(format, 2 * n_ff, n_cols, order, &[&blocks]).unwrap();
             let x = random.vector(n_tokens * n_cols);
-            let (both, size) = products(&dequantize(Format::Q6_K, &blocks), &widen(&x), n_cols, 2 * n_ff);
+            let read = if is_exact { widen(&x) } else { in_q8_1(device, &x, n_cols) };
+            let (both, size) = products(&dequantize(format, &blocks), &read, n_cols, 2 * n_ff);
             let stride = n_ff.next_multiple_of(4);
-            let mut panels = packed(device, &x, n_tokens, n_cols, None, true);
+            let mut panels = packed(device, &x, [n_tokens, n_cols], None, is_exact, Some(&[&matrix]));
             let mut y = Guarded::holding(device, &vec![0.0; n_tokens * stride]);
             ops::gemm(device, &matrix, &mut panels, ManyOutput::Swiglu(&mut y.buffer)).unwrap();
             let y = y.finish(device, "swiglu");
@@ -181,11 +203,19 @@ fn gate_and_up_become_one_product() {
 #[test]
 fn queries_keys_and_values_of_many_tokens_match_f64() {
     for device in devices() {
-        for (i, (layout, head_dim, n_rot, n_head, n_head_kv, n_cols, n_tokens)) in [
-            (RopeLayout::Interleaved, 64, 64, 3, 1, 256, 5),
-            (RopeLayout::HalfSplit, 32, 32, 4, 2, 512, 70),
-            (RopeLayout::HalfSplit, 128, 96, 6, 2, 1536, 3),
-            (RopeLayout::Interleaved, 96, 32, 2, 2, 768, 33),
+        const MIXED: [Format; 3] = [Format::Q4_K, Format::Q8_0, Format::Q6_K];
+        const Q4_K_M: [Format; 3] = [Format::Q4_K, Format::Q4_K, Format::Q6_K];
+        for (i, (formats, is_exact, layout, head_dim, n_rot, n_head, n_head_kv, n_cols, n_tokens)) in [
+            (MIXED, true, RopeLayout::Interleaved, 64, 64, 3, 1, 256, 5),
+            (MIXED, true, RopeLayout::HalfSplit, 32, 32, 4, 2, 512, 70),
+            (MIXED, true, RopeLayout::HalfSplit, 128, 96, 6, 2, 1536, 3),
+            (MIXED, true, RopeLayout::Interleaved, 96, 32, 2, 2, 768, 33),
+            (Q4_K_M, false, RopeLayout::Interleaved, 64, 64, 3, 1, 256, 4),
+            (Q4_K_M, false, RopeLayout::HalfSplit, 128, 96, 6, 2, 1536, 3),
+            ([Format::Q8_0; 3], false, RopeLayout::Interleaved, 96, 32, 2, 2, 96, 2),
+            ([Format::Q4_1; 3], false, RopeLayout::HalfSplit, 32, 32, 4, 2, 1056, 4),
+            ([Format::Q4_K; 3], false, RopeLayout::HalfSplit, 64, 64, 6, 2, 512, 1),
+            ([Format::Q6_K; 3], false, RopeLayout::HalfSplit, 32, 16, 5, 1, 768, 3),
         ]
         .into_iter()
         .enumerate()
@@ -193,7 +223,6 @@ fn queries_keys_and_values_of_many_tokens_match_f64() {
             let mut random = Random::new(i as u64);
             let (n_q, n_kv) = (n_head * head_dim, n_head_kv * head_dim);
             let (first, n_ctx) = (3usize, n_tokens + 5);
-            let formats = [Format::Q4_K, Format::Q8_0, Format::Q6_K];
             let rows = [n_q, n_kv, n_kv];
             let blocks = [0, 1, 2].map(|i| random_blocks(formats[i], rows[i], n_cols, &mut random));
             let pairs = ops::pair_order(layout, head_dim, n_rot);
@@ -227,14 +256,17 @@ fn queries_keys_and_values_of_many_tokens_match_f64() {
                 matrices: [&matrices[0], &matrices[1], &matrices[2]],
                 biases: [0, 1, 2].map(|i| with_bias.then_some(&bias_buffers[i])),
             };
-            let what = format!("{layout:?}, {n_head}:{n_head_kv} heads of {head_dim}, {}", device.describe());
-            let mut panels = packed(device, &x, n_tokens, n_cols, None, true);
+            let what = format!(
+                "{layout:?}, {n_head}:{n_head_kv} heads of {head_dim}, {formats:?}, {}",
+                device.describe()
+            );
+            let mut panels = packed(device, &x, [n_tokens, n_cols], None, is_exact, Some(&weights.matrices));
             ops::gemm_qkv(device, weights, &mut panels, &rope, &rotation, &steps, &mut q.buffer, &mut cache)
                 .unwrap();
 
+            let read = if is_exact { widen(&x) } else { in_q8_1(device, &x, n_cols) };
             let make = |i: usize| {
-                let (mut y, size) =
-                    products(&dequantize(formats[i], &blocks[i]), &widen(&x), n_cols, rows[i]);
+                let (mut y, size) = products(&dequantize(formats[i], &blocks[i]), &read, n_cols, rows[i]);
                 if with_bias {
                     y.iter_mut().zip(biases[i].iter().cycle()).for_each(|(y, &b)| *y += f64::from(b));
                 }
@@ -291,10 +323,10 @@ fn products_that_do_not_fit_are_refused() {
     let mut empty = Panels::alloc(device, 2, 32, false).unwrap();
     let refused = ops::gemm(device, &matrix, &mut empty, ManyOutput::Set(&mut y));
     assert!(message(refused).contains("nothing was packed"));
-    let mut wide = packed(device, &[0.0; 72], 2, 36, None, false);
+    let mut wide = packed(device, &[0.0; 72], [2, 36], None, false, None);
     let refused = ops::gemm(device, &matrix, &mut wide, ManyOutput::Set(&mut y));
     assert!(message(refused).contains("the vectors have 36 values"));
-    let mut panels = packed(device, &[0.0; 96], 3, 32, None, false);
+    let mut panels = packed(device, &[0.0; 96], [3, 32], None, false, None);
     assert!(
         message(ops::gemm(device, &matrix, &mut panels, ManyOutput::Set(&mut y))).contains("12 are needed")
     );
@@ -302,8 +334,8 @@ fn products_that_do_not_fit_are_refused() {
     assert!(message(refused).contains("one matrix in halves"));
     let x = device.alloc_from(&[0.0f32; 96]).unwrap();
     let mut small = Panels::alloc(device, 1, 32, false).unwrap();
-    let refused = ops::pack_panels(device, &x, 9, 11, None, &mut small);
+    let refused = ops::pack_panels(device, &x, 9, 11, None, &[&matrix], &mut small);
     assert!(message(refused).contains("108 are needed"));
-    let refused = ops::pack_panels(device, &x, 9, 8, None, &mut small);
+    let refused = ops::pack_panels(device, &x, 9, 8, None, &[&matrix], &mut small);
     assert!(message(refused).contains("are needed"));
 }

@@ -5,6 +5,7 @@
 
 mod attention;
 mod elementwise;
+mod few;
 pub mod formats;
 mod gemm;
 mod gemv;

@@ -11,6 +11,7 @@
 
 pub mod band;
 pub mod epilogue;
+pub mod few;
 pub mod input;
 
 use crate::activations::{Activations, F32Vector, Q8_1};
@@ -102,10 +103,11 @@ impl Schedule {
         self.quads * n_tiles * TILE_ROWS as u32
     }
 
-    /// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared.
-    pub fn shared_words(self, n_tiles: u32, prepared_words: u32) -> u32 {
+    /// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared for each
+    /// of `n_tokens` tokens.
+    pub fn shared_words(self, n_tiles: u32, n_tokens: u32, prepared_words: u32) -> u32 {
         let fixed = self.weight_words + PacedCopy::barrier_words(4 * self.weight_words) + SQUARES_WORDS;
-        fixed + self.sums_words(n_tiles) + self.quads * prepared_words
+        fixed + n_tokens * (self.sums_words(n_tiles) + self.quads * prepared_words)
     }
 }
 

@@ -3,7 +3,8 @@
 //! One token at a time it is five kernels a layer: queries, keys and values; attention; its projection; gate and up; down.
 //! Norms, quantization, bias, rotation, cache, SwiGLU and residuals are parts of them ([`gpu_kernels::gemv`]). Many tokens
 //! at a time are the same five operations on tensor cores ([`gpu_kernels::gemm`]), and one before each product that puts its
-//! input into panels, normalised where it has to be. [`super::unfused`] does the same in one kernel per operation.
+//! input into panels, normalised where it has to be; of up to four tokens these products may be on Q8_1 activations as well
+//! ([`gpu_kernels::gemv::few`]). [`super::unfused`] does the same in one kernel per operation.
 
 use super::trace::{Halt, Op, Probe};
 use super::unfused;
@@ -239,7 +240,7 @@ pub(super) fn logits_of_many(
     let n_embd = weights.token_embd.n_cols();
     let x = b.x.part(range.start * stride(n_embd)..range.end * stride(n_embd));
     let norm = Norm { gamma: &weights.output_norm, eps: settings.rms_eps };
-    let panels = pack(device, b.panels.as_mut(), &x, range.len(), n_embd, Some(norm))?;
+    let panels = pack(device, b.panels.as_mut(), &x, range.len(), Some(norm), &[weights.output()])?;
     ops::gemm(device, weights.output(), panels, ManyOutput::Set(logits))
 }
 
@@ -302,9 +303,8 @@ pub fn layer(
             swiglu(device, gate_up, x, norm(&weights.ffn_norm), &mut b.ffn)?;
         }
         Tokens::Many(_) => {
-            let n_embd = weights.ffn_down.n_rows();
             let norm = norm(&weights.ffn_norm);
-            let panels = pack(device, b.panels.as_mut(), &b.x, tokens.len(), n_embd, norm)?;
+            let panels = pack(device, b.panels.as_mut(), &b.x, tokens.len(), norm, &gate_up.matrices())?;
             swiglu_of_many(device, gate_up, panels, tokens.len(), &mut b.ffn)?;
         }
     }
@@ -365,8 +365,7 @@ fn queries_keys_values(
             ops::gemv_qkv(device, matrices, x, norm, rope, &b.rotation, steps, &mut b.q, layer)?;
         }
         Tokens::Many(_) => {
-            let n_embd = weights.attn_q.weight.n_cols();
-            let panels = pack(device, b.panels.as_mut(), &b.x, tokens.len(), n_embd, norm)?;
+            let panels = pack(device, b.panels.as_mut(), &b.x, tokens.len(), norm, &matrices.matrices)?;
             ops::gemm_qkv(device, matrices, panels, rope, &b.rotation, steps, &mut b.q, layer)?;
         }
     }
@@ -385,22 +384,35 @@ fn add_many(
     output: &mut Buffer<f32>,
     panels: Option<&mut Panels>,
 ) -> Result<()> {
-    let panels = pack(device, panels, x, n_tokens, weights.n_cols(), None)?;
+    let panels = pack(device, panels, x, n_tokens, None, &[weights])?;
     ops::gemm(device, weights, panels, ManyOutput::Add(output))
 }
 
-/// Vectors as products for many tokens take them.
+/// Vectors as products for many tokens take them, of which `readers` are all the matrices.
 fn pack<'p>(
     device: &Device,
     panels: Option<&'p mut Panels>,
     x: &Buffer<f32>,
     n_tokens: usize,
-    n_cols: usize,
     norm: Option<Norm>,
+    readers: &[&Matrix],
 ) -> Result<&'p mut Panels> {
     let panels = panels.context("the buffers are for one token")?;
-    ops::pack_panels(device, x, n_tokens, n_cols, norm, panels)?;
+    let n_cols = readers.first().context("no matrix reads the vectors")?.n_cols();
+    ops::pack_panels(device, x, n_tokens, n_cols, norm, readers, panels)?;
     Ok(panels)
+}
+
+/// Whether all products of the layers take a few tokens at once on Q8_1 activations.
+pub(super) fn has_few_products(device: &Device, weights: &Weights, settings: &Settings) -> bool {
+    let has = |readers: &[&Matrix]| ops::has_few_products(device, readers);
+    settings.activations == Activations::Q8_1
+        && weights.layers.iter().all(|layer| {
+            let added = [&layer.attn_output, &layer.ffn_down];
+            has(&qkv(layer).matrices)
+                && has(&layer.ffn_gate_up.matrices())
+                && added.iter().all(|&one| has(&[one]))
+        })
 }
 
 /// The feed-forward network of a layer, added to `output`: `output += W_down(silu(W_gate x) * W_up x)`.

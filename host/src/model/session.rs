@@ -2,7 +2,7 @@
 
 mod timing;
 
-use super::forward::{Buffers, Tokens, forward, logits_of_many};
+use super::forward::{Buffers, Tokens, forward, has_few_products, logits_of_many};
 use super::trace::{Halt, Op, Point, Probe};
 use super::weights::GateUp;
 use super::{Fusion, Model, weights};
@@ -18,8 +18,16 @@ use std::ops::Range;
 /// Steps that the device can be ahead of the host.
 pub const MAX_AHEAD: usize = 16;
 
-/// Fewest tokens that go through the model at once: fewer are sooner done one after the other.
-pub const MIN_CHUNK: usize = 4;
+/// Fewest tokens that go through the model at once on tensor cores: fewer are sooner done one after the other.
+const MIN_CHUNK: usize = 4;
+/// Likewise where all layers have products for a few tokens.
+const MIN_FEW: usize = 2;
+
+/// Fewest tokens that go through this model at once.
+fn min_chunk(model: &Model) -> usize {
+    if has_few_products(&model.device, &model.weights, &model.settings) { MIN_FEW } else { MIN_CHUNK }
+}
+
 /// Tokens whose logits are made at once, where all are wanted: they take more memory than anything else between layers.
 const LOGITS_AT_ONCE: usize = 64;
 
@@ -32,6 +40,8 @@ pub struct Session<'m> {
     buffers: Buffers,
     /// Where many tokens go through at once; none where they do not.
     many: Option<Buffers>,
+    /// Fewest tokens that do.
+    min_chunk: usize,
     /// The logits of the last token fed: `[n_vocab]`.
     logits: Buffer<f32>,
     /// Those of several tokens, once somebody has wanted them: `[LOGITS_AT_ONCE, n_vocab]`, rows filled up to a multiple of
@@ -84,7 +94,8 @@ impl<'m> Session<'m> {
         let caches = (0..config.n_layer).map(cache).collect::<Result<_>>();
         let caches = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
         let n_batch = model.n_batch.min(model.n_ctx);
-        let many = if model.settings.fusion == Fusion::Fused && n_batch >= MIN_CHUNK {
+        let min_chunk = min_chunk(model);
+        let many = if model.settings.fusion == Fusion::Fused && n_batch >= min_chunk {
             let layers = &model.weights.layers;
             let has_apart = layers.iter().any(|layer| matches!(layer.ffn_gate_up, GateUp::Apart { .. }));
             let many = Buffers::alloc_many(device, config, n_batch, &model.settings, has_apart);
@@ -97,6 +108,7 @@ impl<'m> Session<'m> {
             steps: [const { [const { RecordedStep::Fresh }; 3] }; 2],
             buffers: Buffers::alloc(device, config, &model.settings)?,
             many,
+            min_chunk,
             logits: device.alloc(config.n_vocab)?,
             many_logits: None,
             caches,
@@ -157,7 +169,7 @@ impl<'m> Session<'m> {
         let mut left = tokens;
         while !left.is_empty() {
             let (chunk, rest) = left.split_at(left.len().min(self.model.n_batch));
-            if self.many.is_some() && chunk.len() >= MIN_CHUNK {
+            if self.many.is_some() && chunk.len() >= self.min_chunk {
                 self.feed_chunk(chunk, rest.is_empty())?;
             } else {
                 for (i, &token) in chunk.iter().enumerate() {
@@ -187,7 +199,7 @@ impl<'m> Session<'m> {
         let mut done = 0;
         while done < tokens.len() {
             let chunk = &tokens[done..tokens.len().min(done + self.model.n_batch)];
-            if self.many.is_none() || chunk.len() < MIN_CHUNK {
+            if self.many.is_none() || chunk.len() < self.min_chunk {
                 self.feed(&chunk[..1])?;
                 self.logits(&mut logits)?;
                 each(done, &logits)?;
@@ -221,7 +233,7 @@ impl<'m> Session<'m> {
         device.to_vec(&logits)
     }
 
-    /// Runs tokens at once, at least [`MIN_CHUNK`] and at most the model's `n_batch`.
+    /// Runs tokens at once, at least `min_chunk` and at most the model's `n_batch`.
     fn feed_chunk(&mut self, tokens: &[u32], with_logits: bool) -> Result<()> {
         let Model { device, settings, weights, .. } = self.model;
         let many = self.many.as_mut().context("the session takes one token at a time")?;

@@ -30,6 +30,16 @@ pub enum GateUp {
     },
 }
 
+impl GateUp {
+    /// The matrix of gate and that of up, which may be the same.
+    pub(super) fn matrices(&self) -> [&Matrix; 2] {
+        match self {
+            Self::Joined(matrix) => [matrix, matrix],
+            Self::Apart { gate, up } => [gate, up],
+        }
+    }
+}
+
 /// The weights of one layer.
 #[derive(Debug)]
 pub struct Layer {

@@ -1,21 +1,24 @@
 //! Launchers of the matrix products for many tokens.
 
+use super::few::{FewVectors, has_few_products};
 use super::gemv::{QkvWeights, check_qkv, qkv_output};
 use super::{KvLayer, Matrix, Norm, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
 use cuda_std::launch::{Kernel, LaunchConfig};
 use gpu_kernels::formats::UNIT;
-use gpu_kernels::gemm::{self as kernels, BLOCK_DIM, BLOCK_QUADS, MAX_STAGES, OutputKind, Shape};
+use gpu_kernels::gemm::{self as kernels, BLOCK_DIM, BLOCK_QUADS, MAX_STAGES, Shape};
 use gpu_kernels::gemv::MatrixRef;
 use gpu_kernels::gemv::epilogue::Qkv;
+use gpu_kernels::gemv::few::FEW_TOKENS;
+use gpu_kernels::many_output::{self, OutputKind};
 use gpu_kernels::panels::{self, GROUP, GROUP_PANELS, PanelPiece, ROW_BYTES, TOKEN_STEP};
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
 use std::ptr;
 
-/// Vectors of many tokens as the tensor cores take them ([`gpu_kernels::panels`]): scratch that [`pack_panels`] fills, and
-/// products read and work with.
+/// Vectors of many tokens as the tensor cores take them ([`gpu_kernels::panels`]), or of a few tokens in Q8_1: scratch that
+/// [`pack_panels`] fills, and products read and work with.
 #[derive(Debug)]
 pub struct Panels {
     high: Buffer<PanelPiece>,
@@ -24,9 +27,11 @@ pub struct Panels {
     /// What blocks that share a tile leave each other, and how many have come: room for a tile for each multiprocessor.
     sums: Buffer<f32>,
     n_ended: Buffer<u32>,
-    /// What was packed last.
+    few: FewVectors,
+    /// What was packed last, and whether it is in `few`.
     n_tokens: usize,
     n_cols: usize,
+    is_few: bool,
 }
 
 impl Panels {
@@ -43,8 +48,10 @@ impl Panels {
             n_ended: device.alloc_zeroed(most_tiles)?,
             high: device.alloc(len)?,
             low: if is_exact { Some(device.alloc(len)?) } else { None },
+            few: FewVectors::alloc(device, if is_exact { 0 } else { n_tokens }, n_cols)?,
             n_tokens: 0,
             n_cols: 0,
+            is_few: false,
         })
     }
 
@@ -65,21 +72,32 @@ fn pieces(n_tokens: usize, n_cols: usize) -> usize {
 }
 
 /// Puts `n_tokens` vectors of `n_cols` values into panels, normalised first where there is a norm. In `x` they follow each
-/// other, each filled up to a multiple of 4 values.
+/// other, each filled up to a multiple of 4 values. A few tokens' are left in Q8_1 instead, on the fast path, where `readers`,
+/// all matrices that will be multiplied with them, [have products for that](has_few_products).
 ///
 /// # Errors
-/// When a buffer is too short, or the launch fails.
+/// When a buffer is too short, a matrix has not `n_cols` columns, or the launch fails.
 pub fn pack_panels(
     device: &Device,
     x: &Buffer<f32>,
     n_tokens: usize,
     n_cols: usize,
     norm: Option<Norm>,
+    readers: &[&Matrix],
     to: &mut Panels,
 ) -> Result<()> {
+    ensure!(!readers.is_empty(), "pack_panels: no matrix reads the vectors");
     ensure!(n_tokens > 0 && n_cols > 0, "pack_panels: {n_tokens} vectors of {n_cols} values");
     aligned("pack_panels", "x", x, n_tokens * n_cols.next_multiple_of(4))?;
     at_least("pack_panels", "panels", &to.high, pieces(n_tokens, n_cols))?;
+    for matrix in readers {
+        ensure!(
+            matrix.n_cols() == n_cols,
+            "pack_panels: a matrix of {} x {} is to read vectors of {n_cols} values",
+            matrix.n_rows(),
+            matrix.n_cols()
+        );
+    }
     let (mut gamma, mut eps) = (ptr::null(), 0.0);
     if let Some(norm) = norm {
         ensure!(
@@ -90,7 +108,16 @@ pub fn pack_panels(
         aligned("pack_panels", "gamma", norm.gamma, n_cols)?;
         (gamma, eps) = (norm.gamma.as_ptr(), norm.eps);
     }
-    (to.n_tokens, to.n_cols) = (n_tokens, n_cols);
+    let is_few = to.low.is_none() && n_tokens <= FEW_TOKENS && has_few_products(device, readers);
+    ensure!(
+        !is_few || to.few.has_room(n_tokens, n_cols),
+        "pack_panels: no room for {n_tokens} vectors of {n_cols} values in Q8_1"
+    );
+    (to.n_tokens, to.n_cols, to.is_few) = (n_tokens, n_cols, is_few);
+    if is_few {
+        // SAFETY: the lengths are checked.
+        return unsafe { to.few.pack(device, (x.as_ptr(), n_tokens, n_cols), (gamma, eps)) };
+    }
     let config = launch_1d(n_tokens, panels::BLOCK_DIM)?;
     let arguments = (x.as_ptr(), gamma, dim(n_cols)?, eps, to.as_ref()?);
     // SAFETY: the lengths are checked, and the panels are as many as the vectors need.
@@ -129,9 +156,10 @@ pub fn gemm(device: &Device, weights: &Matrix, x: &mut Panels, output: ManyOutpu
     }
     let stride = n_out.next_multiple_of(4);
     aligned("gemm", "y", y, x.n_tokens * stride)?;
-    let output =
-        kernels::Output { kind: kind as u32, stride: dim(stride)?, y: y.as_mut_ptr(), qkv: Qkv::NOTHING };
-    launch(device, [weights, weights, weights], 1, x, output)
+    let (stride, y) = (dim(stride)?, y.as_mut_ptr());
+    let output = many_output::Output { kind: kind as u32, stride, y, qkv: Qkv::NOTHING };
+    // SAFETY: the order of the rows and the length of `y` are checked.
+    unsafe { launch(device, &[weights], x, kind, output) }
 }
 
 /// Queries of many tokens, rotated, into `q`, `[n_tokens, n_head * head_dim]`; their keys, rotated, and values into the
@@ -158,17 +186,18 @@ pub fn gemm_qkv(
     at_least("gemm_qkv", "q", q, x.n_tokens * n_q)?;
     at_least("gemm_qkv", "rotation", rotation, x.n_tokens * rope.frequencies.len())?;
     at_least("gemm_qkv", "steps", steps, x.n_tokens)?;
-    let output = kernels::Output {
+    let output = many_output::Output {
         kind: OutputKind::Qkv as u32,
         stride: dim(n_q)?,
         y: ptr::null_mut(),
         qkv: qkv_output(weights, rope, rotation, steps, q, cache)?,
     };
-    launch(device, weights.matrices, 3, x, output)
+    // SAFETY: the shapes are checked.
+    unsafe { launch(device, &weights.matrices, x, OutputKind::Qkv, output) }
 }
 
 type GemmKernel =
-    Kernel<(MatrixRef, MatrixRef, MatrixRef, panels::Panels, Shape, kernels::Splits, kernels::Output)>;
+    Kernel<(MatrixRef, MatrixRef, MatrixRef, panels::Panels, Shape, kernels::Splits, many_output::Output)>;
 
 /// A kernel, with the sums that its lanes have.
 struct Tiling {
@@ -268,12 +297,16 @@ fn plan(device: &Device, row_tiles: usize, n_groups: usize, x: &Panels) -> Resul
         .with_context(|| format!("gemm: {} bytes of shared memory do not hold a tile", device.shared_bytes()))
 }
 
-fn launch(
+/// The products of up to three matrices, one below the other, with what was packed.
+///
+/// # Safety
+/// `output` is as its fields say, for as many tokens, and of kind `kind`, whose order the rows are in.
+unsafe fn launch(
     device: &Device,
-    matrices: [&Matrix; 3],
-    n_parts: usize,
+    matrices: &[&Matrix],
     x: &mut Panels,
-    output: kernels::Output,
+    kind: OutputKind,
+    output: many_output::Output,
 ) -> Result<()> {
     ensure!(x.n_tokens > 0, "gemm: nothing was packed into the panels");
     for matrix in matrices {
@@ -285,10 +318,14 @@ fn launch(
             x.n_cols
         );
     }
-    let row_tiles = matrices[..n_parts].iter().map(|matrix| matrix.n_quads().div_ceil(BLOCK_QUADS)).sum();
+    if x.is_few {
+        // SAFETY: the vectors are packed, of as many columns; the caller vouches for the output.
+        return unsafe { x.few.multiply(device, matrices, x.n_tokens, kind, output) };
+    }
+    let row_tiles = matrices.iter().map(|matrix| matrix.n_quads().div_ceil(BLOCK_QUADS)).sum();
     let Plan { tiling, stages, token_tiles, splits } = plan(device, row_tiles, x.n_cols.div_ceil(GROUP), x)?;
     let shape = Shape {
-        n_parts: n_parts as u32,
+        n_parts: matrices.len() as u32,
         n_tokens: dim(x.n_tokens)?,
         token_tiles: dim(token_tiles)?,
         splits: dim(splits)?,
@@ -297,8 +334,8 @@ fn launch(
     let mut config: LaunchConfig = launch_1d(row_tiles * token_tiles * splits, BLOCK_DIM)?;
     config.dynamic_shared_bytes = 4 * kernels::shared_words(tiling.sums, tiling.is_exact, stages) as u32;
     let shared = kernels::Splits { sums: x.sums.as_mut_ptr(), n_ended: x.n_ended.as_mut_ptr() };
-    let [first, second, third] = matrices;
-    let arguments = (first.as_ref()?, second.as_ref()?, third.as_ref()?, x.as_ref()?, shape, shared, output);
+    let matrix = |i: usize| matrices[i.min(matrices.len() - 1)].as_ref();
+    let arguments = (matrix(0)?, matrix(1)?, matrix(2)?, x.as_ref()?, shape, shared, output);
     // SAFETY: the matrices and panels are whole by construction, the lengths are checked, the grid covers all tiles and
     // splits, for which there is room where tiles are shared.
     unsafe { device.launch(tiling.kernel, config, arguments) }

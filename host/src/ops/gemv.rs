@@ -78,7 +78,7 @@ fn kernels(device: &Device, matrix: &Matrix, x: Input) -> (Kernels, Family) {
     if x.is_exact() {
         return (kernels::exact::KERNELS, Family::Any);
     }
-    let own = kernels::own_kernels(matrix.format()).filter(|_| !is_long(device, matrix));
+    let own = kernels::own_kernels(matrix.format()).filter(|_| !is_long(device, matrix, 1));
     own.map_or((kernels::mixed::KERNELS, Family::Any), |own| (own, Family::Own))
 }
 
@@ -87,14 +87,14 @@ fn qkv_kernel(device: &Device, matrices: [&Matrix; 3], x: Input) -> (&'static Qk
     if x.is_exact() {
         return (&kernels::exact::GEMV_QKV, Family::Any);
     }
-    let fit = matrices.iter().all(|matrix| !is_long(device, matrix));
+    let fit = matrices.iter().all(|matrix| !is_long(device, matrix, 1));
     let own = kernels::own_qkv_kernel(matrices.map(Matrix::format)).filter(|_| fit);
     own.map_or((&kernels::mixed::GEMV_QKV, Family::Any), |own| (own, Family::Own))
 }
 
-/// Whether a quad does not fit shared memory.
-fn is_long(device: &Device, matrix: &Matrix) -> bool {
-    matrix.quad_bytes() + MOST_BESIDE_BYTES > device.shared_bytes() as usize
+/// Whether a quad does not fit shared memory, for a product with so many vectors.
+pub(super) fn is_long(device: &Device, matrix: &Matrix, n_tokens: usize) -> bool {
+    matrix.quad_bytes() + n_tokens * MOST_BESIDE_BYTES > device.shared_bytes() as usize
 }
 
 /// The kernel for rows in any order.

@@ -4,6 +4,7 @@
 
 mod attention;
 mod elementwise;
+mod few;
 mod gemm;
 mod gemv;
 mod kv;
@@ -15,6 +16,7 @@ mod types;
 
 pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, prefill_attention, rope};
 pub use elementwise::{argmax, embed, make_operand, quantize_q8_1, residual_add, rms_norm, swiglu};
+pub use few::has_few_products;
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use kv::{KvCache, KvLayer, KvStage, KvView, QuantizedKvLayer, quantize_kv};

@@ -11,13 +11,44 @@ use cuda_std::launch::LaunchConfig;
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::TILE_UNITS;
 use gpu_kernels::gemv::epilogue::{Epilogue, Prepared as _};
+use gpu_kernels::gemv::few::FEW_WARPS;
 use gpu_kernels::gemv::{ANY_WARPS, MAX_QUADS, Schedule, Shares, WARPS};
 
-/// Kernels for one format, whose quads have to fit shared memory, or for any.
+/// Which kernels a product is made by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
+    /// Those for one format, whose quads have to fit shared memory.
     Own,
+    /// Those for any format.
     Any,
+    /// Those for a few tokens at once, whose quads have to fit shared memory.
+    Few { n_tokens: usize },
+}
+
+impl Family {
+    /// Tokens whose vectors the matrices are multiplied with.
+    fn n_tokens(self) -> usize {
+        match self {
+            Self::Own | Self::Any => 1,
+            Self::Few { n_tokens } => n_tokens,
+        }
+    }
+
+    /// Warps that a multiprocessor is dealt, of which a block has a part.
+    fn warps(self) -> usize {
+        match self {
+            Self::Own | Self::Any => WARPS as usize,
+            Self::Few { .. } => FEW_WARPS as usize,
+        }
+    }
+
+    /// Most warps in a block.
+    fn most_warps(self) -> usize {
+        match self {
+            Self::Own | Self::Few { .. } => self.warps(),
+            Self::Any => ANY_WARPS as usize,
+        }
+    }
 }
 
 /// Where in the chain of a layer's kernels a product stands.
@@ -40,13 +71,11 @@ impl Chain {
     pub(super) const OTHER: Self = Self { at_once: 3, window: 2 };
 }
 
-/// What a block has in shared memory beside the weights of its band, at most.
+/// What a block has in shared memory beside the weights of its band of one quad, at most, for each token.
 pub(super) const MOST_BESIDE_BYTES: usize = 6 << 10;
 /// What a GPU takes of its shared memory for itself, for each block (CUDA C++ Programming Guide, compute capabilities 8.x and
 /// 9.0).
 const RESERVED_BYTES: usize = 1 << 10;
-/// Warps that multiply in a block whose quads are [long](LONG_TILES), if there are as many tiles.
-const LONG_WARPS: usize = WARPS as usize / 2 - 1;
 /// Tiles from which on a quad is long: with a tile or two for each warp, the vector is quantized by more warps at once.
 const LONG_TILES: usize = 8;
 /// Pieces on their way in such a block, of which a multiprocessor has two.
@@ -63,12 +92,12 @@ struct Blocks {
 }
 
 impl Blocks {
-    /// For a matrix of `n_quads` quads of `n_tiles` tiles; `bytes` says how many bytes of shared memory a band of so many quads
-    /// takes.
+    /// For a matrix of `n_quads` quads of `n_tiles` tiles, where a multiprocessor is dealt `most_warps` warps; `bytes` says
+    /// how many bytes of shared memory a band of so many quads takes.
     fn choose(
         device: &Device,
-        n_quads: usize,
-        n_tiles: usize,
+        most_warps: usize,
+        [n_quads, n_tiles]: [usize; 2],
         chain: Chain,
         bytes: impl Fn(usize) -> usize,
     ) -> Self {
@@ -93,19 +122,19 @@ impl Blocks {
                 quads < 2 || fit(quads, 2, 3) && (rounds == 1 || 10 * blocks >= 9 * rounds * places)
             };
             if let Some((_, quads @ 2..)) = bands.find(is_good) {
-                return Self { warps: LONG_WARPS, quads, window: LONG_WINDOW };
+                return Self { warps: most_warps / 2 - 1, quads, window: LONG_WINDOW };
             }
         }
         // In one round, give or take a twentieth of the blocks, which leaves a third of shared memory to the kernels after it.
         let quads = (19 * n_quads).div_ceil(20 * multiprocessors * chain.at_once);
         let quads = in_pairs(quads, quads.next_multiple_of(2)).max(LEAST_TILES.div_ceil(n_tiles));
         if fit(quads, chain.at_once, 2) {
-            return Self { warps: WARPS as usize / 3 - 1, quads, window };
+            return Self { warps: most_warps / 3 - 1, quads, window };
         }
         // In as many as it takes, of the largest bands of which there are four places: blocks that end sooner take more.
         let most = (1..=MAX_QUADS as usize).rev().find(|&quads| fit(quads, 4, 3)).unwrap_or(1);
         let quads = in_pairs(most, most / 2 * 2);
-        Self { warps: WARPS as usize / 4 - 1, quads, window: Chain::OTHER.window }
+        Self { warps: most_warps / 4 - 1, quads, window: Chain::OTHER.window }
     }
 }
 
@@ -131,13 +160,11 @@ pub(super) fn schedule<E: Epilogue>(
     let room = device.shared_bytes() as usize;
     // One more warp copies.
     let n_copiers = usize::from(device.is_cuda());
-    let most_warps = match family {
-        Family::Own => WARPS as usize - n_copiers,
-        Family::Any => ANY_WARPS as usize - n_copiers,
-    };
+    let most_warps = family.most_warps() - n_copiers;
 
-    let shared_bytes =
-        |schedule: &Schedule| 4 * schedule.shared_words(n_tiles as u32, E::Prepared::WORDS) as usize;
+    let shared_bytes = |schedule: &Schedule| {
+        4 * schedule.shared_words(n_tiles as u32, family.n_tokens() as u32, E::Prepared::WORDS) as usize
+    };
     let of_band = |quads: usize, slab_tiles: usize, bytes: usize| Schedule {
         shares: [Shares::default(); 3],
         quads: quads as u32,
@@ -148,7 +175,8 @@ pub(super) fn schedule<E: Epilogue>(
         window: chain.window,
     };
     let bytes = |quads: usize| shared_bytes(&of_band(quads, n_tiles, quads * quad_bytes));
-    let Blocks { warps, quads, window } = Blocks::choose(device, n_quads, n_tiles, chain, bytes);
+    let Blocks { warps, quads, window } =
+        Blocks::choose(device, family.warps(), [n_quads, n_tiles], chain, bytes);
 
     // Fewer quads, and of one as many tiles, as shared memory holds.
     let bands =
