@@ -10,7 +10,7 @@
 //! each in panels of its own.
 
 use crate::formats::UNIT;
-use crate::normalised::TokenVector;
+use crate::token_vector::TokenVector;
 use bytemuck::{Pod, Zeroable};
 use cuda_std::float::{bf16x2_to_f32, f32_to_bf16x2};
 use cuda_std::grid::{let_next_start, wait_for_previous};

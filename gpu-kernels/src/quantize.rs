@@ -2,7 +2,7 @@
 //! themselves.
 
 use crate::activations::{LANES_PER_BLOCK, OCTET, Q8_1_BLOCK, Q8_1Scale, quantize};
-use crate::normalised::TokenVector;
+use crate::token_vector::TokenVector;
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::intrinsics::dp4a;
 use cuda_std::thread::{block_dim_x, block_idx_x, index_1d, thread_idx_x};
