@@ -19,6 +19,24 @@ pub fn wait_for_previous() {
     }
 }
 
+/// As [`wait_for_previous`], once `known`, which is below 2^31, has been worked out. A compiler knows no reason to work out
+/// before a wait what is used after it; this is one.
+#[inline(always)]
+pub fn wait_for_previous_knowing(known: u32) {
+    // SAFETY: waits, and does nothing else. The predicate always holds.
+    #[cfg(all(target_arch = "nvptx64", cuda_sm_90))]
+    unsafe {
+        core::arch::asm!(
+            "{{ .reg .pred holds;",
+            "setp.lt.u32 holds, {known}, 0x80000000;",
+            "@holds griddepcontrol.wait; }}",
+            known = in(reg32) known,
+            options(nostack, preserves_flags),
+        );
+    }
+    debug_assert!(known < 1 << 31, "what is known must be below 2^31, found {known}");
+}
+
 /// Allows the next kernel to start once all blocks of this one have said so, or have ended; best said early.
 #[inline(always)]
 pub fn let_next_start() {
@@ -28,3 +46,45 @@ pub fn let_next_start() {
         core::arch::asm!("griddepcontrol.launch_dependents;", options(nostack, preserves_flags))
     }
 }
+
+/// The value, worked out by now: a compiler moves work to the branch that needs its result, be that behind a meeting of the
+/// block.
+#[inline(always)]
+pub fn settled<T: Settle>(value: T) -> T {
+    value.settle()
+}
+
+/// What can be [`settled`].
+pub trait Settle: Copy {
+    /// Settles it.
+    fn settle(self) -> Self;
+}
+
+macro_rules! settle {
+    ([$($generics:tt)*] $ty:ty, $instruction:literal, $class:ident) => {
+        impl<$($generics)*> Settle for $ty {
+            #[inline(always)]
+            fn settle(self) -> Self {
+                cfg_select! {
+                    target_arch = "nvptx64" => {
+                        let settled: Self;
+                        // SAFETY: a move. Not `pure`: it stays where it is.
+                        unsafe {
+                            core::arch::asm!(
+                                $instruction,
+                                settled = out($class) settled,
+                                value = in($class) self,
+                                options(nomem, nostack, preserves_flags),
+                            );
+                        }
+                        settled
+                    }
+                    _ => self,
+                }
+            }
+        }
+    };
+}
+settle!([] u32, "mov.u32 {settled}, {value};", reg32);
+settle!([] f32, "mov.f32 {settled}, {value};", reg32);
+settle!([T] *mut T, "mov.u64 {settled}, {value};", reg64);

@@ -7,7 +7,7 @@ mod paced;
 mod thread;
 
 pub use block::{BlockCopies, Piece};
-pub use paced::PacedCopy;
+pub use paced::{PacedCopy, Window};
 pub use thread::{commit_copies, copy_async, wait_for_copies};
 
 #[cfg(all(target_arch = "nvptx64", not(cuda_sm_90)))]

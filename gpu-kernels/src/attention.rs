@@ -14,7 +14,7 @@ use crate::step::Step;
 use core::f32::consts::LOG2_E;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::float::{exp2, max, mul_add};
-use cuda_std::grid::{let_next_start, wait_for_previous};
+use cuda_std::grid::{let_next_start, wait_for_previous_knowing};
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, prefetch_l2, st_global_u32x4};
 use cuda_std::shared::Shared;
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
@@ -160,34 +160,35 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
     let mut rehearsals = if HEADS == 1 { a.rehearsals } else { 0 };
     loop {
         let is_real = HEADS > 1 || rehearsals == 0;
+        let mut queries = [[0u32; DIMS]; HEADS];
         if is_real {
             // The first of them go into registers. Those that are fresh are there after the wait only.
             let settled = length.saturating_sub(a.n_fresh);
             (keys, values) =
                 (fetch(a.k_cache, first, end.min(settled)), fetch(a.v_cache, first, end.min(settled)));
-            wait_for_previous();
-            if first + (POSITIONS as u32 - 1) * stride >= settled {
+            let at = first_head * a.head_dim + first_dim;
+            let has_fresh = first + (POSITIONS as u32 - 1) * stride >= settled;
+            wait_for_previous_knowing(at | u32::from(has_fresh) | a.q.addr() as u32 >> 1);
+            queries = core::array::from_fn(|head| {
+                if has_dims && (head as u32) < n_heads {
+                    // SAFETY: the head is one of the query's, the dimensions are inside it.
+                    unsafe {
+                        let q = a.q.add((at + head as u32 * a.head_dim) as usize);
+                        let ([q0, q1, q2, q3], [q4, q5, q6, q7]) =
+                            (ld_global_u32x4(q.cast()), ld_global_u32x4(q.add(4).cast()));
+                        [q0, q1, q2, q3, q4, q5, q6, q7]
+                    }
+                } else {
+                    [0; DIMS]
+                }
+            });
+            if has_fresh {
                 (keys, values) = (fetch(a.k_cache, first, end), fetch(a.v_cache, first, end));
             }
         }
         // Weights are powers of 2: the scores' factor turns e^x into 2^x.
         let factor = a.scale * LOG2_E;
-        let query = |head: u32| -> [f32; DIMS] {
-            if is_real && has_dims && head < n_heads {
-                // SAFETY: the head is one of the query's, the dimensions are inside it.
-                unsafe {
-                    let q = a.q.add(((first_head + head) * a.head_dim + first_dim) as usize);
-                    let [q0, q1, q2, q3] =
-                        ld_global_u32x4(q.cast()).map(|bits| f32::from_bits(bits) * factor);
-                    let [q4, q5, q6, q7] =
-                        ld_global_u32x4(q.add(4).cast()).map(|bits| f32::from_bits(bits) * factor);
-                    [q0, q1, q2, q3, q4, q5, q6, q7]
-                }
-            } else {
-                [0.0; DIMS]
-            }
-        };
-        let q: [[f32; DIMS]; HEADS] = core::array::from_fn(|head| query(head as u32));
+        let q = queries.map(|query| query.map(|bits| f32::from_bits(bits) * factor));
         let mut largest = [LOWEST; HEADS];
         let mut sum = [0.0f32; HEADS];
         let mut value = [[0.0f32; DIMS]; HEADS];
@@ -285,9 +286,10 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
         } else {
             (a.split_values, (split * a.n_head + first_head) * a.head_dim)
         };
-        let mut pair = thread;
-        while pair < n_heads * a.head_dim / 2 {
-            let (head, d) = (2 * pair / a.head_dim, 2 * pair % a.head_dim);
+        let mut quad = thread;
+        while quad < n_heads * a.head_dim / 4 {
+            let (head, d) =
+                if HEADS == 1 { (0, 4 * quad) } else { (4 * quad / a.head_dim, 4 * quad % a.head_dim) };
             let of_warps = |array: Shared<f32, { WARPS * MAX_HEADS }>| -> [f32; WARPS] {
                 let at = head as usize * WARPS;
                 let ([a, b, c, d], [e, f, g, h]) = (array.get4(at), array.get4(at + 4));
@@ -297,7 +299,7 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
             let (maxima, sums) = (of_warps(warp_max), of_warps(warp_sum));
             let total_max = maxima.into_iter().fold(LOWEST, max);
             let shares = maxima.map(|largest| exp2(largest - total_max));
-            let (mut total, mut result) = (0.0, [0.0; 2]);
+            let (mut total, mut result) = (0.0, [0.0; 4]);
             for warp in 0..WARPS {
                 total = mul_add(shares[warp], sums[warp], total);
             }
@@ -308,18 +310,22 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
             )]
             for warp in 0..WARPS {
                 let share = shares[warp] * per_total;
-                let at = head_values(warp as u32, head) + d as usize;
-                result[0] = mul_add(share, warp_values.get(at), result[0]);
-                result[1] = mul_add(share, warp_values.get(at + 1), result[1]);
+                let [v0, v1, v2, v3] = warp_values.get4(head_values(warp as u32, head) + d as usize);
+                let [r0, r1, r2, r3] = result;
+                result = [
+                    mul_add(share, v0, r0),
+                    mul_add(share, v1, r1),
+                    mul_add(share, v2, r2),
+                    mul_add(share, v3, r3),
+                ];
             }
-            let first = (offset + 2 * pair) as usize;
+            let first = (offset + 4 * quad) as usize;
             if is_real {
                 // SAFETY: the elements are inside the output, and this thread's own.
                 unsafe {
-                    *to.add(first) = result[0];
-                    *to.add(first + 1) = result[1];
+                    st_global_u32x4(to.add(first).cast(), result.map(f32::to_bits));
                     if is_whole && !a.operand.words.is_null() {
-                        a.operand.store_2(first, result);
+                        a.operand.store_4(first, result);
                     }
                     if !is_whole && d == 0 {
                         let at = 2 * (split * a.n_head + first_head + head) as usize;
@@ -328,7 +334,7 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
                     }
                 }
             }
-            pair += BLOCK_DIM as u32;
+            quad += BLOCK_DIM as u32;
         }
         if is_real {
             break;

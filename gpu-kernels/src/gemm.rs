@@ -19,7 +19,7 @@ use crate::formats::tile::{DeviceTile, Fetched, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::gemv::band::Quad;
-use crate::gemv::epilogue::Epilogue;
+use crate::gemv::epilogue::{Epilogue, Ready as _};
 use crate::many_output::{ForTokens, Output};
 use crate::panels::{GROUP_PANELS, GROUP_STEPS, GROUP_UNITS, PanelPiece, Panels, ROW_BYTES, rest};
 use core::ops::Range;
@@ -265,7 +265,7 @@ impl ForTokens for Finish {
             // SAFETY: the quad is the matrix's, and only this thread finishes it for this token.
             unsafe {
                 let prepared = epilogue.prepare(quad, matrix);
-                let _ = epilogue.finish(quad, matrix, sums, prepared);
+                epilogue.ready(quad, matrix, prepared).finish(sums);
             }
             token += WARP_SIZE / WARP_QUADS as u32;
         }

@@ -4,7 +4,7 @@
 //! block of a product has to read is half as much then, and no block has to read the factors). They lie unit by unit like a
 //! tile's: of the 32 units that meet a tile first the first eight columns of each, then the next eight ..., so that the
 //! lanes of a warp read neighbouring 16 bytes. Beside them lie sums of the squares of the values before they were multiplied,
-//! one for each block that has made some of them: the norm's own factor is a matter of the products' end.
+//! one for each quad of rows or block that has made some of them: the norm's own factor is a matter of the products' end.
 
 use crate::activations::OCTET;
 use crate::block::block_sum;
@@ -36,7 +36,7 @@ pub struct Operand {
     pub words: *mut u32,
     /// The factors of the norm to come, `[n]`, at a multiple of 16 bytes and readable up to one; null where there is none.
     pub gamma: *const f32,
-    /// A sum of squares for each block that makes values; null where they are not wanted.
+    /// A sum of squares for each quad of rows, or each block, that makes values; null where they are not wanted.
     pub squares: *mut f32,
 }
 
@@ -49,31 +49,38 @@ impl Operand {
     pub const NOTHING: Self =
         Self { words: core::ptr::null_mut(), gamma: core::ptr::null(), squares: core::ptr::null_mut() };
 
-    /// Leaves columns `column` and the next one, `column` even.
-    ///
-    /// # Safety
-    /// The columns must be inside the operand, which must be wanted; nobody else may write them.
+    /// Where columns `column` and the next one go, `column` even; null where the operand is not wanted.
     #[inline(always)]
-    pub unsafe fn store_2(self, column: usize, [a, b]: [f32; 2]) {
-        // SAFETY: the caller's promise.
-        unsafe { *self.words.add(place_of(column) / 2) = f32_to_bf16x2(a, b) };
+    pub fn place_of_2(self, column: usize) -> *mut u32 {
+        if self.words.is_null() { self.words } else { self.words.wrapping_add(place_of(column) / 2) }
+    }
+
+    /// Where four columns from `column` on go, a multiple of 4; null where the operand is not wanted.
+    #[inline(always)]
+    pub fn place_of_4(self, column: usize) -> *mut u64 {
+        self.place_of_2(column).cast()
+    }
+
+    /// Four columns as an operand holds them.
+    #[inline(always)]
+    pub fn words_of_4([a, b, c, d]: [f32; 4]) -> u64 {
+        u64::from(f32_to_bf16x2(a, b)) | u64::from(f32_to_bf16x2(c, d)) << 32
     }
 
     /// Leaves four columns from `column` on, a multiple of 4.
     ///
     /// # Safety
-    /// As [`store_2`](Self::store_2).
+    /// The columns must be inside the operand, which must be wanted; nobody else may write them.
     #[inline(always)]
-    pub unsafe fn store_4(self, column: usize, [a, b, c, d]: [f32; 4]) {
-        let words = u64::from(f32_to_bf16x2(a, b)) | u64::from(f32_to_bf16x2(c, d)) << 32;
+    pub unsafe fn store_4(self, column: usize, values: [f32; 4]) {
         // SAFETY: the caller's promise.
-        unsafe { *self.words.add(place_of(column) / 2).cast::<u64>() = words };
+        unsafe { *self.place_of_4(column) = Self::words_of_4(values) };
     }
 
     /// Leaves eight columns from `column` on, a multiple of 8.
     ///
     /// # Safety
-    /// As [`store_2`](Self::store_2).
+    /// As [`store_4`](Self::store_4).
     #[inline(always)]
     pub unsafe fn store_8(self, column: usize, [a, b, c, d, e, f, g, h]: [f32; OCTET]) {
         let words = [f32_to_bf16x2(a, b), f32_to_bf16x2(c, d), f32_to_bf16x2(e, f), f32_to_bf16x2(g, h)];

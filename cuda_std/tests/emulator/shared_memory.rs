@@ -2,7 +2,7 @@
 
 use crate::{launch, try_launch};
 use cuda_std::emulator::LaunchError;
-use cuda_std::pipeline::PacedCopy;
+use cuda_std::pipeline::{PacedCopy, Window};
 use cuda_std::thread::*;
 use cuda_std::{dynamic_shared, kernel, shared_array};
 
@@ -70,7 +70,7 @@ fn every_block_starts_with_poisoned_memory() {
 }
 
 /// The last warp copies `x` piece by piece into shared memory, twice, and the others sum up its words as they come: each thread
-/// every so many.
+/// every so many. In the second round it is in a hurry.
 #[kernel]
 pub unsafe fn paced(x: *const u32, out: *mut u32, n_words: u32, window: u32) {
     let (warp, n_threads) = (thread_idx_x() / 32, block_dim_x() - 32);
@@ -80,7 +80,7 @@ pub unsafe fn paced(x: *const u32, out: *mut u32, n_words: u32, window: u32) {
     for round in 0..2 {
         if warp == n_threads / 32 {
             // SAFETY: there are as many words, and each round reads the same.
-            unsafe { copy.run(round, 0, x.cast(), 4 * n_words, window) };
+            unsafe { copy.run(round, 0, x.cast(), 4 * n_words, Window { ahead: window, late: 2 * window }) };
         } else {
             let mut i = thread_idx_x();
             while i < n_words {
@@ -90,6 +90,9 @@ pub unsafe fn paced(x: *const u32, out: *mut u32, n_words: u32, window: u32) {
             }
         }
         sync_threads();
+        if round == 0 && thread_idx_x() == 0 {
+            copy.hurry();
+        }
     }
     if warp < n_threads / 32 {
         // SAFETY: one element per thread.
@@ -102,7 +105,7 @@ fn a_paced_copy_brings_every_piece() {
     for (n_words, window) in [(4, 1), (1024, 1), (1028, 2), (5000, 3), (8192, 100)] {
         let x: Vec<u32> = (0..n_words).map(|i: u32| i.wrapping_mul(0x9e37_79b1)).collect();
         let mut out = vec![0u32; 64];
-        let bytes = 4 * (n_words.next_multiple_of(4) + PacedCopy::barrier_words(4 * n_words));
+        let bytes = 4 * (n_words.next_multiple_of(4) + PacedCopy::state_words(4 * n_words));
         let args = (x.as_ptr(), out.as_mut_ptr(), n_words, window);
         try_launch(&PACED, [1, 1, 1], [96, 1, 1], bytes, args).unwrap();
         for (thread, &sum) in out.iter().enumerate() {

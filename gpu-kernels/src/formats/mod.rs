@@ -56,8 +56,10 @@ pub trait WeightFormat: Copy {
     const BLOCK_LEN: usize;
     /// Bytes in a GGUF block.
     const BLOCK_BYTES: usize;
-    /// Whether a lane has registers for units of two quads at a time, in a matrix-vector product.
+    /// Whether a lane has registers for units of two quads at a time, in a matrix-vector product,
     const IN_PAIRS: bool;
+    /// and in one of three matrices.
+    const IN_PAIRS_OF_THREE: bool = Self::IN_PAIRS;
     /// What a lane holds of one unit.
     type Unit: WeightUnit + Copy;
 

@@ -55,6 +55,8 @@ impl WeightFormat for Q6_K {
     const BLOCK_BYTES: usize = 210;
     // On older GPUs that would be a few registers too many.
     const IN_PAIRS: bool = cfg!(any(cuda_sm_90, not(target_arch = "nvptx64")));
+    // On GPUs newer than Hopper some would be spilled.
+    const IN_PAIRS_OF_THREE: bool = cfg!(any(cuda_sm_90a, not(target_arch = "nvptx64")));
     type Unit = IntegerUnit<32, 2>;
 
     #[inline(always)]

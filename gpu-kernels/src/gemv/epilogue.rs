@@ -8,7 +8,8 @@ use crate::operand::Operand;
 use crate::rope::rotate;
 use crate::step::Step;
 use core::ptr;
-use cuda_std::float::f32_to_f16;
+use cuda_std::float::{f32_to_bf16x2, f32_to_f16};
+use cuda_std::grid::settled;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::shared::DynamicShared;
 use half::f16;
@@ -55,32 +56,27 @@ pub trait Epilogue: Copy {
     const NORMALISES: bool;
     /// What it fetches beforehand.
     type Prepared: Prepared;
+    /// All that it takes but the sums.
+    type Ready: Ready;
 
-    /// Fetches what [`finish`](Self::finish) will need, before the sums are there.
+    /// Fetches what a quad will need, before the sums are there.
     ///
     /// # Safety
     /// The quad must be one of `matrix`; the epilogue's pointers must be as
     /// its fields say.
     unsafe fn prepare(&self, quad: Quad, matrix: MatrixRef) -> Self::Prepared;
 
-    /// Finishes the quad, given the products of its four rows. Gives the sum of the squares of what it has made of them, where
-    /// [`squares`](Self::squares) wants it.
+    /// Works out where the quad's results go.
+    fn ready(&self, quad: Quad, matrix: MatrixRef, prepared: Self::Prepared) -> Self::Ready;
+}
+
+/// A quad of which only the sums are missing.
+pub trait Ready: Copy {
+    /// Finishes it, given the products of its four rows.
     ///
     /// # Safety
-    /// As [`prepare`](Self::prepare); no other thread finishes the quad.
-    unsafe fn finish(
-        &self,
-        quad: Quad,
-        matrix: MatrixRef,
-        sums: [f32; TILE_ROWS],
-        prepared: Self::Prepared,
-    ) -> f32;
-
-    /// Where each block leaves its sum of squares; null where nobody wants them.
-    #[inline(always)]
-    fn squares(&self) -> *mut f32 {
-        ptr::null_mut()
-    }
+    /// The epilogue's pointers must be as its fields say, and no other thread finishes the quad.
+    unsafe fn finish(self, sums: [f32; TILE_ROWS]);
 }
 
 /// Stores the product: `y = W x`, rows in natural order.
@@ -91,26 +87,41 @@ pub struct Store {
     pub y: *mut f32,
 }
 
-/// Writes the rows of a quad that exist.
-///
-/// # Safety
-/// `y` must have `n_rows` values, at a multiple of 16 bytes.
-#[inline(always)]
-unsafe fn store(y: *mut f32, quad: Quad, n_rows: u32, values: [f32; TILE_ROWS]) {
-    let first = quad.number * TILE_ROWS as u32;
-    // SAFETY: the rows are the matrix's.
-    unsafe {
-        let y = y.add(first as usize);
-        if first + TILE_ROWS as u32 <= n_rows {
-            st_global_u32x4(y.cast(), values.map(f32::to_bits));
-        } else {
-            let [v0, v1, v2, _] = values;
-            *y = v0;
-            if first + 1 < n_rows {
-                *y.add(1) = v1;
-            }
-            if first + 2 < n_rows {
-                *y.add(2) = v2;
+/// Rows of a vector in natural order: those of a quad that exist.
+#[derive(Clone, Copy)]
+struct Rows {
+    /// The first one.
+    y: *mut f32,
+    /// How many there are, four or more where the quad is whole.
+    n_left: u32,
+}
+
+impl Rows {
+    #[inline(always)]
+    fn new(y: *mut f32, quad: Quad, matrix: MatrixRef) -> Self {
+        let first = quad.number * TILE_ROWS as u32;
+        Self { y: settled(y.wrapping_add(first as usize)), n_left: settled(matrix.n_rows - first) }
+    }
+
+    /// Writes them.
+    ///
+    /// # Safety
+    /// The vector must have the matrix's rows, at a multiple of 16 bytes.
+    #[inline(always)]
+    unsafe fn store(self, values: [f32; TILE_ROWS]) {
+        // SAFETY: the rows are the matrix's.
+        unsafe {
+            if self.n_left >= TILE_ROWS as u32 {
+                st_global_u32x4(self.y.cast(), values.map(f32::to_bits));
+            } else {
+                let [v0, v1, v2, _] = values;
+                *self.y = v0;
+                if self.n_left > 1 {
+                    *self.y.add(1) = v1;
+                }
+                if self.n_left > 2 {
+                    *self.y.add(2) = v2;
+                }
             }
         }
     }
@@ -119,15 +130,26 @@ unsafe fn store(y: *mut f32, quad: Quad, n_rows: u32, values: [f32; TILE_ROWS]) 
 impl Epilogue for Store {
     const NORMALISES: bool = true;
     type Prepared = ();
+    type Ready = StoreReady;
 
     #[inline(always)]
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) -> f32 {
+    fn ready(&self, quad: Quad, matrix: MatrixRef, (): ()) -> StoreReady {
+        StoreReady(Rows::new(self.y, quad, matrix))
+    }
+}
+
+/// A quad that is to be stored.
+#[derive(Clone, Copy)]
+pub struct StoreReady(Rows);
+
+impl Ready for StoreReady {
+    #[inline(always)]
+    unsafe fn finish(self, sums: [f32; TILE_ROWS]) {
         // SAFETY: the caller's promise.
-        unsafe { store(self.y, quad, matrix.n_rows, sums) };
-        0.0
+        unsafe { self.0.store(sums) };
     }
 }
 
@@ -166,6 +188,7 @@ impl Prepared for AddPrepared {
 impl Epilogue for Add {
     const NORMALISES: bool = false;
     type Prepared = AddPrepared;
+    type Ready = AddReady;
 
     #[inline(always)]
     unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> AddPrepared {
@@ -178,34 +201,49 @@ impl Epilogue for Add {
     }
 
     #[inline(always)]
-    unsafe fn finish(
-        &self,
-        quad: Quad,
-        matrix: MatrixRef,
-        [s0, s1, s2, s3]: [f32; TILE_ROWS],
-        AddPrepared { y: [y0, y1, y2, y3], gamma: [g0, g1, g2, g3] }: AddPrepared,
-    ) -> f32 {
+    fn ready(&self, quad: Quad, matrix: MatrixRef, prepared: AddPrepared) -> AddReady {
+        let rows = Rows::new(self.y, quad, matrix);
+        let AddPrepared { y, gamma: [g0, g1, g2, g3] } = prepared;
+        // What lies beyond the factors' end may be anything.
+        let keep = |i: u32, gamma: f32| if i < rows.n_left { gamma } else { 0.0 };
+        let gamma = [g0, keep(1, g1), keep(2, g2), keep(3, g3)].map(settled);
+        let operand = settled(self.operand.place_of_4(quad.number as usize * TILE_ROWS));
+        let squares = self.operand.squares;
+        let square = if squares.is_null() { squares } else { squares.wrapping_add(quad.number as usize) };
+        AddReady { rows, operand, square: settled(square), y, gamma }
+    }
+}
+
+/// A quad that is to be added.
+#[derive(Clone, Copy)]
+pub struct AddReady {
+    rows: Rows,
+    /// Where in the operand it goes; null where there is none.
+    operand: *mut u64,
+    /// Where the sum of its squares goes; null where nobody wants it.
+    square: *mut f32,
+    y: [f32; TILE_ROWS],
+    gamma: [f32; TILE_ROWS],
+}
+
+impl Ready for AddReady {
+    #[inline(always)]
+    unsafe fn finish(self, [s0, s1, s2, s3]: [f32; TILE_ROWS]) {
+        let Self { rows, operand, square, y: [y0, y1, y2, y3], gamma: [g0, g1, g2, g3] } = self;
         let [v0, v1, v2, v3] = [y0 + s0, y1 + s1, y2 + s2, y3 + s3];
-        let first = quad.number * TILE_ROWS as u32;
         // Rows beyond the last one are none of the vector's.
-        let keep = |i: u32, value: f32| if first + i < matrix.n_rows { value } else { 0.0 };
+        let keep = |i: u32, value: f32| if i < rows.n_left { value } else { 0.0 };
         let [v1, v2, v3] = [keep(1, v1), keep(2, v2), keep(3, v3)];
         // SAFETY: the caller's promise.
         unsafe {
-            store(self.y, quad, matrix.n_rows, [v0, v1, v2, v3]);
-            if !self.operand.words.is_null() {
-                // What lies beyond the factors' end may be anything.
-                let scaled = |value: f32, gamma: f32| if value == 0.0 { 0.0 } else { value * gamma };
-                let values = [scaled(v0, g0), scaled(v1, g1), scaled(v2, g2), scaled(v3, g3)];
-                self.operand.store_4(first as usize, values);
+            rows.store([v0, v1, v2, v3]);
+            if !operand.is_null() {
+                *operand = Operand::words_of_4([v0 * g0, v1 * g1, v2 * g2, v3 * g3]);
+            }
+            if !square.is_null() {
+                *square = (v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3);
             }
         }
-        (v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3)
-    }
-
-    #[inline(always)]
-    fn squares(&self) -> *mut f32 {
-        self.operand.squares
     }
 }
 
@@ -222,20 +260,37 @@ pub struct StoreOrdered {
 impl Epilogue for StoreOrdered {
     const NORMALISES: bool = false;
     type Prepared = ();
+    type Ready = OrderedReady;
 
     #[inline(always)]
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(&self, quad: Quad, matrix: MatrixRef, sums: [f32; TILE_ROWS], (): ()) -> f32 {
+    fn ready(&self, quad: Quad, matrix: MatrixRef, (): ()) -> OrderedReady {
+        OrderedReady { output: *self, quad, matrix }
+    }
+}
+
+/// A quad of rows in any order that is to be stored.
+#[derive(Clone, Copy)]
+pub struct OrderedReady {
+    output: StoreOrdered,
+    quad: Quad,
+    matrix: MatrixRef,
+}
+
+impl Ready for OrderedReady {
+    #[inline(always)]
+    unsafe fn finish(self, sums: [f32; TILE_ROWS]) {
+        let Self { output: StoreOrdered { y, bias }, quad, matrix } = self;
         let store = |i: usize, sum: f32| {
             let place = quad.number as usize * TILE_ROWS + i;
             if place < matrix.n_rows as usize {
                 let row = matrix.order.row_at(place);
                 // SAFETY: the row is one of the matrix's.
                 unsafe {
-                    let bias = if self.bias.is_null() { 0.0 } else { *self.bias.add(row) };
-                    *self.y.add(row) = sum + bias;
+                    let bias = if bias.is_null() { 0.0 } else { *bias.add(row) };
+                    *y.add(row) = sum + bias;
                 }
             }
         };
@@ -244,7 +299,6 @@ impl Epilogue for StoreOrdered {
         store(1, s1);
         store(2, s2);
         store(3, s3);
-        0.0
     }
 }
 
@@ -261,29 +315,42 @@ pub struct Swiglu {
 impl Epilogue for Swiglu {
     const NORMALISES: bool = true;
     type Prepared = ();
+    type Ready = SwigluReady;
 
     #[inline(always)]
     unsafe fn prepare(&self, _quad: Quad, _matrix: MatrixRef) {}
 
     #[inline(always)]
-    unsafe fn finish(
-        &self,
-        quad: Quad,
-        _matrix: MatrixRef,
-        [gate0, gate1, up0, up1]: [f32; TILE_ROWS],
-        (): (),
-    ) -> f32 {
-        let values = [silu(gate0) * up0, silu(gate1) * up1];
+    fn ready(&self, quad: Quad, _matrix: MatrixRef, (): ()) -> SwigluReady {
         let first = 2 * quad.number as usize;
+        SwigluReady {
+            y: settled(self.y.wrapping_add(first)),
+            operand: settled(self.operand.place_of_2(first)),
+        }
+    }
+}
+
+/// A quad of two gates and two ups.
+#[derive(Clone, Copy)]
+pub struct SwigluReady {
+    /// Where the first one goes.
+    y: *mut f32,
+    /// Where in the operand it goes; null where there is none.
+    operand: *mut u32,
+}
+
+impl Ready for SwigluReady {
+    #[inline(always)]
+    unsafe fn finish(self, [gate0, gate1, up0, up1]: [f32; TILE_ROWS]) {
+        let [a, b] = [silu(gate0) * up0, silu(gate1) * up1];
         // SAFETY: the quad's two gates are inside `y`, which is even.
         unsafe {
-            *self.y.add(first) = values[0];
-            *self.y.add(first + 1) = values[1];
-            if !self.operand.words.is_null() {
-                self.operand.store_2(first, values);
+            *self.y = a;
+            *self.y.add(1) = b;
+            if !self.operand.is_null() {
+                *self.operand = f32_to_bf16x2(a, b);
             }
         }
-        0.0
     }
 }
 
@@ -347,7 +414,7 @@ impl Prepared for QkvPrepared {
 }
 
 /// A quad's head, where in it the quad stands, and its rows.
-struct Rows {
+struct HeadRows {
     head: u32,
     place: u32,
     rows: [u32; TILE_ROWS],
@@ -390,7 +457,7 @@ impl Qkv {
 
     /// The rows of a quad of part `part`, as the order of its matrix has them.
     #[inline(always)]
-    fn rows(&self, quad: Quad) -> Rows {
+    fn rows(&self, quad: Quad) -> HeadRows {
         let first = quad.number * TILE_ROWS as u32;
         let head = ((u64::from(first) * u64::from(self.per_head_dim)) >> 32) as u32;
         let place = first - head * self.head_dim;
@@ -403,13 +470,14 @@ impl Qkv {
                 first + i
             }
         };
-        Rows { head, place, rows: [row(0), row(1), row(2), row(3)] }
+        HeadRows { head, place, rows: [row(0), row(1), row(2), row(3)] }
     }
 }
 
 impl Epilogue for Qkv {
     const NORMALISES: bool = true;
     type Prepared = QkvPrepared;
+    type Ready = QkvReady;
 
     #[inline(always)]
     unsafe fn prepare(&self, quad: Quad, _matrix: MatrixRef) -> QkvPrepared {
@@ -418,7 +486,7 @@ impl Epilogue for Qkv {
             1 => self.bias[1],
             _ => self.bias[2],
         };
-        let Rows { place, rows, .. } = self.rows(quad);
+        let HeadRows { place, rows, .. } = self.rows(quad);
         // SAFETY: the rows are the matrix's, since heads are whole quads; the pair is one that is rotated.
         unsafe {
             let bias = if bias.is_null() {
@@ -441,35 +509,58 @@ impl Epilogue for Qkv {
     }
 
     #[inline(always)]
-    unsafe fn finish(
-        &self,
-        quad: Quad,
-        _matrix: MatrixRef,
-        sums: [f32; TILE_ROWS],
-        prepared: QkvPrepared,
-    ) -> f32 {
-        let QkvPrepared { bias, rotation: [pair0, pair1], position } = prepared;
-        let Rows { head, rows: [r0, r1, r2, r3], .. } = self.rows(quad);
+    fn ready(&self, quad: Quad, _matrix: MatrixRef, prepared: QkvPrepared) -> QkvReady {
+        let QkvPrepared { bias, rotation, position } = prepared;
+        let HeadRows { head, rows, .. } = self.rows(quad);
+        let is_query = quad.part == 0;
+        let to = if is_query {
+            Destination { queries: settled(self.q) }
+        } else {
+            let cache = if quad.part == 1 { self.k_cache } else { self.v_cache };
+            // In the cache a head's positions lie between it and the next head.
+            let skipped = (u64::from(head) * u64::from(self.n_ctx - 1) + u64::from(position)) as usize;
+            Destination { cache: settled(cache.wrapping_add(skipped * self.head_dim as usize)) }
+        };
+        QkvReady { is_query, to, rows: rows.map(settled), bias, rotation }
+    }
+}
+
+/// Where rows go: to the queries, or to a position of the cache.
+#[derive(Clone, Copy)]
+union Destination {
+    queries: *mut f32,
+    cache: *mut f16,
+}
+
+/// A quad of queries, keys or values.
+#[derive(Clone, Copy)]
+pub struct QkvReady {
+    is_query: bool,
+    to: Destination,
+    rows: [u32; TILE_ROWS],
+    bias: [f32; TILE_ROWS],
+    rotation: [[f32; 2]; 2],
+}
+
+impl Ready for QkvReady {
+    #[inline(always)]
+    unsafe fn finish(self, sums: [f32; TILE_ROWS]) {
+        let Self { is_query, to, rows: [r0, r1, r2, r3], bias, rotation: [pair0, pair1] } = self;
         let [a0, b0] = rotate([sums[0] + bias[0], sums[1] + bias[1]], pair0);
         let [a1, b1] = rotate([sums[2] + bias[2], sums[3] + bias[3]], pair1);
         // SAFETY: the rows are the matrix's, the position is inside the cache, and the elements are this thread's own.
         unsafe {
-            if quad.part == 0 {
-                *self.q.add(r0 as usize) = a0;
-                *self.q.add(r1 as usize) = b0;
-                *self.q.add(r2 as usize) = a1;
-                *self.q.add(r3 as usize) = b1;
+            if is_query {
+                *to.queries.add(r0 as usize) = a0;
+                *to.queries.add(r1 as usize) = b0;
+                *to.queries.add(r2 as usize) = a1;
+                *to.queries.add(r3 as usize) = b1;
             } else {
-                let cache = if quad.part == 1 { self.k_cache } else { self.v_cache };
-                // In the cache a head's positions lie between it and the next head.
-                let skipped = (u64::from(head) * u64::from(self.n_ctx - 1) + u64::from(position)) as usize;
-                let cache = cache.add(skipped * self.head_dim as usize);
-                *cache.add(r0 as usize) = f16::from_bits(f32_to_f16(a0));
-                *cache.add(r1 as usize) = f16::from_bits(f32_to_f16(b0));
-                *cache.add(r2 as usize) = f16::from_bits(f32_to_f16(a1));
-                *cache.add(r3 as usize) = f16::from_bits(f32_to_f16(b1));
+                *to.cache.add(r0 as usize) = f16::from_bits(f32_to_f16(a0));
+                *to.cache.add(r1 as usize) = f16::from_bits(f32_to_f16(b0));
+                *to.cache.add(r2 as usize) = f16::from_bits(f32_to_f16(a1));
+                *to.cache.add(r3 as usize) = f16::from_bits(f32_to_f16(b1));
             }
         }
-        0.0
     }
 }

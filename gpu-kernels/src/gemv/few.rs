@@ -8,8 +8,8 @@
 //! Bytes moved: the matrix once, plus the vectors once per block, from the L2 cache.
 
 use super::band::{Band, Quad};
-use super::epilogue::{Epilogue, Prepared as _};
-use super::{Either, MatrixRef, One, Schedule, sum_up};
+use super::epilogue::{Epilogue, Prepared as _, Ready as _};
+use super::{Either, MatrixRef, One, Schedule, Sums};
 use crate::activations::{FetchedQ8_1, Q8_1Scale, Q8_1Unit};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::formats::Format;
@@ -47,6 +47,12 @@ pub struct Vectors {
 #[cfg(not(target_arch = "nvptx64"))]
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Vectors {}
+
+/// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared for each
+/// of `n_tokens` tokens.
+pub fn shared_words(schedule: Schedule, n_tiles: u32, n_tokens: u32, prepared_words: u32) -> u32 {
+    schedule.band_words() + n_tokens * (schedule.sums_words(n_tiles) + schedule.quads * prepared_words)
+}
 
 impl Vectors {
     /// Asks for unit `unit` of each token's vector; where there are fewer tokens, for the last one's again.
@@ -132,8 +138,8 @@ struct Work {
     quads: [u32; 2],
     /// Likewise its tiles.
     tiles: [u32; 2],
-    /// The word at which the band's sums start: of each token, quad by quad and tile by tile.
-    sums_at: u32,
+    /// Of each token those of the band's quads.
+    sums: Sums,
 }
 
 impl Work {
@@ -190,8 +196,7 @@ impl Work {
                 if token < self.vectors.n_tokens {
                     let (low, high) = (if token == 0 { a } else { b }, if token == 2 { c } else { d });
                     let sum = if token < 2 { low } else { high };
-                    let pair = token * self.n_quads + quad;
-                    let at = self.sums_at + (pair * n_tiles + tile) * TILE_ROWS as u32 + row;
+                    let at = self.sums.quad(token * self.n_quads + quad) + tile * TILE_ROWS as u32 + row;
                     memory.set(at as usize, sum.to_bits());
                 }
                 quad += quad_step;
@@ -255,9 +260,7 @@ impl ForTokens for Prepare<'_> {
 /// Finishes the quads, by all threads.
 struct Finish<'a> {
     pairs: Pairs<'a>,
-    /// The word at which the sums start.
-    sums_at: u32,
-    n_tiles: u32,
+    sums: Sums,
 }
 
 impl ForTokens for Finish<'_> {
@@ -265,11 +268,11 @@ impl ForTokens for Finish<'_> {
     unsafe fn with<E: Epilogue>(self, epilogue: impl Fn(u32) -> E) {
         let Pairs { memory, matrix, prepared_at, .. } = self.pairs;
         self.pairs.for_each(block_dim_x(), |pair, token, quad| {
-            let sums = sum_up(memory, self.sums_at, pair, self.n_tiles);
+            let sums = self.sums.add_up(self.sums.quad(pair));
             let prepared = E::Prepared::load(memory, (prepared_at + pair * E::Prepared::WORDS) as usize);
             // SAFETY: the quad is one of the matrix's, finished by this thread alone for this token; the epilogue keeps its
             // contract.
-            let _ = unsafe { epilogue(token).finish(quad, *matrix, sums, prepared) };
+            unsafe { epilogue(token).ready(quad, *matrix, prepared).finish(sums) };
         });
     }
 }
@@ -287,7 +290,8 @@ unsafe fn run<F: Formats>(matrices: [MatrixRef; 3], vectors: Vectors, schedule: 
 
     let memory = dynamic_shared!(GEMV_FEW_MEMORY: [u32]);
     let barrier = schedule.weight_words;
-    let sums_at = barrier + PacedCopy::barrier_words(4 * schedule.weight_words);
+    let sums_at = barrier + PacedCopy::state_words(4 * schedule.weight_words);
+    let sums = Sums { memory, at: sums_at, n_tiles };
     let prepared_at = sums_at + vectors.n_tokens * schedule.sums_words(n_tiles);
     let pairs = Pairs { memory, matrix: &matrix, band, n_tokens: vectors.n_tokens, prepared_at };
     let copy = PacedCopy::new(memory, barrier, 4 * schedule.weight_words);
@@ -297,6 +301,7 @@ unsafe fn run<F: Formats>(matrices: [MatrixRef; 3], vectors: Vectors, schedule: 
         let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
         // SAFETY: the bytes are the matrix's, and fit the room for weights.
         unsafe { copy.run(0, 0, from, band.n_quads * matrix.quad_bytes, schedule.window) };
+        sums.fill_up(vectors.n_tokens * band.n_quads);
     }
     if multiplies {
         wait_for_previous();
@@ -310,12 +315,15 @@ unsafe fn run<F: Formats>(matrices: [MatrixRef; 3], vectors: Vectors, schedule: 
             last_tile_bytes: matrix.last_tile_bytes,
             quads: [warp / schedule.tile_warps, schedule.warps / schedule.tile_warps],
             tiles: [warp % schedule.tile_warps, schedule.tile_warps],
-            sums_at,
+            sums,
         };
         // SAFETY: the vectors and the output are as their fields say, the copy brings tiles of the matrix's format.
         unsafe {
             // The vectors, and what finishing needs besides the sums, on their way at once.
             let fetched = work.fetch(warp % schedule.tile_warps);
+            if thread_idx_x() == 0 {
+                copy.hurry();
+            }
             output.dispatch(Prepare { pairs, n_threads: schedule.warps * WARP_SIZE });
             F::multiply(work, matrix.format, fetched);
         }
@@ -323,7 +331,7 @@ unsafe fn run<F: Formats>(matrices: [MatrixRef; 3], vectors: Vectors, schedule: 
     // All have left their sums, and what was prepared.
     sync_threads();
     // SAFETY: the output is as its fields say.
-    unsafe { output.dispatch(Finish { pairs, sums_at, n_tiles }) };
+    unsafe { output.dispatch(Finish { pairs, sums }) };
 }
 
 /// The kernel of a module for matrices of formats `$F`.
@@ -340,7 +348,7 @@ macro_rules! define_kernels {
             /// # Safety
             /// The matrices, the vectors and the output are as their fields say, in device memory, all of as many columns; the
             /// matrices have the module's formats, and rows in the order that the output asks for; the launch has the
-            /// shared memory that [`Schedule::shared_words`] gives, and the schedule is of the launch's grid.
+            /// shared memory that [`shared_words`] gives, and the schedule is of the launch's grid.
             ///
             /// # Parameters
             /// - `first`, `second`, `third`: `[n_rows, 32 * vectors.n_units]` each; those that the schedule deals out to no

@@ -2,8 +2,9 @@
 
 use crate::activations::Q8_1Scale;
 use crate::formats::UNIT;
+use cuda_std::float::{mul_add, rsqrt};
 use cuda_std::memory::ld_global_u32x4;
-use cuda_std::thread::thread_idx_x;
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add};
 
 /// A vector, as a launch passes it: an [operand](crate::operand), Q8_1, or f32 values.
 ///
@@ -49,22 +50,34 @@ impl Input {
         self.n_squares > 0
     }
 
-    /// This thread's part of the sum of the squares, of `n_threads` threads.
+    /// What RMSNorm multiplies the products with, 1 where nothing is normalised. The lanes of a warp make this call together.
     ///
     /// # Safety
     /// The sums must be as the fields say.
     #[inline(always)]
-    pub unsafe fn squares(&self, n_threads: u32) -> f32 {
-        let mut sum = 0.0;
-        let mut first = 4 * thread_idx_x();
-        while first < self.n_squares {
-            // SAFETY: the caller's promise; the sums are filled up to a multiple of four.
-            let [a, b, c, d] =
-                unsafe { ld_global_u32x4(self.squares.add(first as usize).cast()) }.map(f32::from_bits);
-            let keep = |i: u32, square: f32| if first + i < self.n_squares { square } else { 0.0 };
-            sum += (a + keep(1, b)) + (keep(2, c) + keep(3, d));
-            first += 4 * n_threads;
+    pub unsafe fn norm_factor(&self) -> f32 {
+        if !self.is_normalised() {
+            return 1.0;
         }
-        sum
+        let mut sum = 0.0;
+        let mut first = 4 * lane_id();
+        while first - 4 * lane_id() < self.n_squares {
+            let four = |i: u32| {
+                let first = first + i * 4 * WARP_SIZE;
+                let last = (self.n_squares - 1) / 4 * 4;
+                // SAFETY: the caller's promise; the sums are filled up to a multiple of four.
+                let [a, b, c, d] =
+                    unsafe { ld_global_u32x4(self.squares.add(first.min(last) as usize).cast()) }
+                        .map(f32::from_bits);
+                let keep = |i: u32, square: f32| if first + i < self.n_squares { square } else { 0.0 };
+                ((keep(0, a) + keep(1, b)) + keep(2, c)) + keep(3, d)
+            };
+            // On their way at once.
+            let (a, b, c, d) = (four(0), four(1), four(2), four(3));
+            sum += (a + b) + (c + d);
+            first += 16 * WARP_SIZE;
+        }
+        let sum = warp_reduce_add(FULL_MASK, sum, WARP_SIZE);
+        rsqrt(mul_add(sum, self.per_n, self.eps))
     }
 }

@@ -1,11 +1,15 @@
 //! Matrix-vector products with quantized weights, and what surrounds them in a layer.
 //!
-//! Every one of these kernels goes the same way, [`run`]: one warp asks for the block's [band](band) of the matrix, the others
-//! wait for the kernel before, take the vector ([`input`]) and multiply, and one thread finishes each four rows ([`epilogue`]).
-//! They differ in what finishing means. Bands are small, and several blocks share a multiprocessor: while one multiplies, the
-//! others' weights are on their way, and where a kernel has no more blocks to start, those of the next one take their places.
-//! Weights depend on nothing, so these ask for theirs at once, and memory does not idle between two products. Which
-//! multiprocessor takes how many bands is a matter of how fast it is.
+//! Every one of these kernels goes the same way, [`run`]: the last warp of a block asks for its [band](band) of the matrix; the
+//! others wait for the kernel before, take the vector ([`input`]) and multiply; and the last one, which has meanwhile fetched
+//! all else that it takes, finishes four rows a lane ([`epilogue`]). The kernels differ in what finishing means. From the end of
+//! the wait to the last store everything is waited for by the next kernel, so what can be is done before the wait, or by the
+//! last warp beside the products (docs/performance.md, version 9).
+//!
+//! Bands are small, and several blocks share a multiprocessor: while one multiplies, the others' weights are on their way, and
+//! where a kernel has no more blocks to start, those of the next one take their places. Weights depend on nothing, so these ask
+//! for theirs at once, and memory does not idle between two products. Which multiprocessor takes how many bands is a matter
+//! of how fast it is.
 //!
 //! Bytes moved: the matrix once, plus the vector once per block, from the L2 cache.
 
@@ -21,26 +25,23 @@ use crate::rows::RowOrder;
 use band::Band;
 use core::marker::PhantomData;
 use core::ops::Range;
-use cuda_std::float::{mul_add, rsqrt};
-use cuda_std::grid::{let_next_start, wait_for_previous};
+use cuda_std::grid::{let_next_start, settled, wait_for_previous, wait_for_previous_knowing};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::launch::Kernel;
-use cuda_std::pipeline::PacedCopy;
+use cuda_std::pipeline::{PacedCopy, Window};
 use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_dim_x, block_idx_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, warp_reduce_add, warp_reduce_add_4};
+use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
+use cuda_std::warp::{WARP_SIZE, lane_id, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
-use epilogue::{Add, Epilogue, Prepared as _, Qkv, Store, StoreOrdered, Swiglu};
+use epilogue::{Add, Epilogue, Qkv, Ready as _, Store, StoreOrdered, Swiglu};
 use input::Input;
 
 /// Warps that a multiprocessor has registers for, of kernels for one format; no block has more.
 pub const WARPS: u32 = 20;
 /// Most warps in a block of the kernels for any format.
 pub const ANY_WARPS: u32 = 8;
-/// Most quads in a band: a lane of the first warp finishes each.
+/// Most quads in a band: a lane of the last warp finishes each.
 pub const MAX_QUADS: u32 = WARP_SIZE;
-/// Words of shared memory for sums of squares, one for each warp.
-const SQUARES_WORDS: u32 = WARPS.next_multiple_of(4);
 
 /// A packed matrix, as a launch passes it.
 #[repr(C)]
@@ -93,21 +94,24 @@ pub struct Schedule {
     /// Warps that multiply: a multiple of `tile_warps`. One more copies, where the block has one.
     pub warps: u32,
     /// Pieces of weights ([`PacedCopy`]) that a block has on their way at a time.
-    pub window: u32,
+    pub window: Window,
 }
 
 impl Schedule {
-    /// Words of shared memory for a band's sums, tile by tile.
+    /// Words of shared memory for a band's sums.
     #[inline(always)]
     pub fn sums_words(self, n_tiles: u32) -> u32 {
-        self.quads * n_tiles * TILE_ROWS as u32
+        self.quads * Sums::words_of_quad(n_tiles)
     }
 
-    /// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared for each
-    /// of `n_tokens` tokens.
-    pub fn shared_words(self, n_tiles: u32, n_tokens: u32, prepared_words: u32) -> u32 {
-        let fixed = self.weight_words + PacedCopy::barrier_words(4 * self.weight_words) + SQUARES_WORDS;
-        fixed + n_tokens * (self.sums_words(n_tiles) + self.quads * prepared_words)
+    /// Words of shared memory for a band's weights and what says that they have arrived.
+    pub fn band_words(self) -> u32 {
+        self.weight_words + PacedCopy::state_words(4 * self.weight_words)
+    }
+
+    /// Words of shared memory in all, for quads of `n_tiles` tiles.
+    pub fn shared_words(self, n_tiles: u32) -> u32 {
+        self.band_words() + self.sums_words(n_tiles)
     }
 }
 
@@ -124,8 +128,10 @@ kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 pub trait Dots {
     /// Whether a quad may be too long for shared memory, and is then taken in slabs.
     const IN_SLABS: bool;
-    /// Whether two quads are multiplied at a time.
+    /// Whether two quads are multiplied at a time: of one matrix,
     const IN_PAIRS: bool;
+    /// and of one out of three, of which a block has all numbers in registers.
+    const IN_PAIRS_OF_THREE: bool;
 
     /// `sums` plus the products of the tile's four rows with the vector's unit of this lane.
     fn dots<X: Activations>(
@@ -144,6 +150,7 @@ pub struct One<F>(PhantomData<F>);
 impl<F: WeightFormat> Dots for One<F> {
     const IN_SLABS: bool = false;
     const IN_PAIRS: bool = F::IN_PAIRS;
+    const IN_PAIRS_OF_THREE: bool = F::IN_PAIRS_OF_THREE;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -169,7 +176,8 @@ pub struct Either<F, G>(PhantomData<(F, G)>);
 
 impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     const IN_SLABS: bool = false;
-    const IN_PAIRS: bool = true;
+    const IN_PAIRS: bool = F::IN_PAIRS && G::IN_PAIRS;
+    const IN_PAIRS_OF_THREE: bool = F::IN_PAIRS_OF_THREE && G::IN_PAIRS_OF_THREE;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -188,12 +196,34 @@ impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     }
 }
 
+/// Of tiles of one of three matrices.
+struct OfThree<D>(PhantomData<D>);
+
+impl<D: Dots> Dots for OfThree<D> {
+    const IN_SLABS: bool = D::IN_SLABS;
+    const IN_PAIRS: bool = D::IN_PAIRS_OF_THREE;
+    const IN_PAIRS_OF_THREE: bool = D::IN_PAIRS_OF_THREE;
+
+    #[inline(always)]
+    fn dots<X: Activations>(
+        format: u32,
+        tile: SharedTile,
+        n_units: usize,
+        unit: usize,
+        x: &X::Unit,
+        sums: [f32; TILE_ROWS],
+    ) -> [f32; TILE_ROWS] {
+        D::dots::<X>(format, tile, n_units, unit, x, sums)
+    }
+}
+
 /// Of tiles of any format, which is the same for all lanes of the warp.
 pub struct Any;
 
 impl Dots for Any {
     const IN_SLABS: bool = true;
     const IN_PAIRS: bool = false;
+    const IN_PAIRS_OF_THREE: bool = false;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -229,38 +259,72 @@ impl Dots for Any {
     }
 }
 
-/// Quad `quad`'s sums, which are there tile by tile and quad by quad from word `sums_at` on, added up.
-#[inline(always)]
-fn sum_up(memory: DynamicShared<u32>, sums_at: u32, quad: u32, n_tiles: u32) -> [f32; TILE_ROWS] {
-    let of_tile = |tile: u32| {
-        let at = sums_at + (quad * n_tiles + tile.min(n_tiles - 1)) * TILE_ROWS as u32;
-        let [s0, s1, s2, s3] = memory.get4(at as usize).map(f32::from_bits);
-        if tile < n_tiles { [s0, s1, s2, s3] } else { [0.0; TILE_ROWS] }
-    };
-    let add = |[a0, a1, a2, a3]: [f32; TILE_ROWS], [b0, b1, b2, b3]: [f32; TILE_ROWS]| {
-        [a0 + b0, a1 + b1, a2 + b2, a3 + b3]
-    };
-    let mut sums = [0.0f32; TILE_ROWS];
-    let mut tile = 0;
-    while tile < n_tiles {
-        // Four on their way at once.
-        let (a, b, c, d) = (of_tile(tile), of_tile(tile + 1), of_tile(tile + 2), of_tile(tile + 3));
-        sums = add(sums, add(add(a, b), add(c, d)));
-        tile += 4;
-    }
-    sums
+/// The sums of a band's quads in shared memory, quad by quad, of each tile by tile, and zeros up to a multiple of four tiles.
+#[derive(Clone, Copy)]
+struct Sums {
+    memory: DynamicShared<u32>,
+    /// The word at which they start.
+    at: u32,
+    /// Tiles of a quad.
+    n_tiles: u32,
 }
 
-/// Leaves the sum of this warp's squares at its word from `at` on, zeros for warps that are not there up to a multiple of four.
-#[inline(always)]
-fn store_squares(memory: DynamicShared<u32>, at: u32, square_sum: f32, n_warps: u32) {
-    let sum = warp_reduce_add(FULL_MASK, square_sum, WARP_SIZE);
-    let thread = thread_idx_x();
-    if thread.is_multiple_of(WARP_SIZE) {
-        memory.set((at + thread / WARP_SIZE) as usize, sum.to_bits());
+/// Tiles whose sums are added up at a time.
+const SUMS_AT_ONCE: u32 = 4;
+
+impl Sums {
+    /// Words for a quad of `n_tiles` tiles.
+    #[inline(always)]
+    fn words_of_quad(n_tiles: u32) -> u32 {
+        n_tiles.next_multiple_of(SUMS_AT_ONCE) * TILE_ROWS as u32
     }
-    if thread < n_warps.wrapping_neg() % 4 {
-        memory.set((at + n_warps + thread) as usize, 0);
+
+    /// Where quad `quad` starts.
+    #[inline(always)]
+    fn quad(self, quad: u32) -> u32 {
+        self.at + quad * Self::words_of_quad(self.n_tiles)
+    }
+
+    /// Writes the zeros of `n_quads` quads, by the lanes of a warp.
+    #[inline(always)]
+    fn fill_up(self, n_quads: u32) {
+        let missing = self.n_tiles.next_multiple_of(SUMS_AT_ONCE) - self.n_tiles;
+        let mut quad = lane_id();
+        while missing > 0 && quad < n_quads {
+            for tile in self.n_tiles..self.n_tiles + missing {
+                self.memory.set4((self.quad(quad) + tile * TILE_ROWS as u32) as usize, [0; 4]);
+            }
+            quad += WARP_SIZE;
+        }
+    }
+
+    /// Leaves the sums of a tile of quad `quad`, of which every eight lanes have one, row by row.
+    #[inline(always)]
+    fn store(self, quad: u32, tile: u32, sum: f32) {
+        let lane = lane_id();
+        if lane.is_multiple_of(8) {
+            let at = self.quad(quad) + tile * TILE_ROWS as u32 + lane / 8;
+            self.memory.set(at as usize, sum.to_bits());
+        }
+    }
+
+    /// Adds up the tiles of the quad that starts at word `at`.
+    #[inline(always)]
+    fn add_up(self, at: u32) -> [f32; TILE_ROWS] {
+        let of_tile =
+            |tile: u32| self.memory.get4((at + tile * TILE_ROWS as u32) as usize).map(f32::from_bits);
+        let add = |[a0, a1, a2, a3]: [f32; TILE_ROWS], [b0, b1, b2, b3]: [f32; TILE_ROWS]| {
+            [a0 + b0, a1 + b1, a2 + b2, a3 + b3]
+        };
+        let four =
+            |tile: u32| add(add(of_tile(tile), of_tile(tile + 1)), add(of_tile(tile + 2), of_tile(tile + 3)));
+        let mut sums = four(0);
+        let mut tile = SUMS_AT_ONCE;
+        while tile < self.n_tiles {
+            sums = add(sums, four(tile));
+            tile += SUMS_AT_ONCE;
+        }
+        sums
     }
 }
 
@@ -275,113 +339,96 @@ struct Work {
     schedule: Schedule,
     matrix: MatrixRef,
     band: Band,
-    /// The word at which the band's sums start.
-    sums_at: u32,
+    sums: Sums,
 }
 
 impl Work {
-    /// Leaves the sums of this warp's share of tiles `tiles` of the band's quads. With an epilogue it leaves at the two words
-    /// what that needs besides: the warp's part of the sum of the vector's squares, and what is prepared for each quad.
+    /// The products of the tile at byte `start` of the band with the vector's unit of this lane.
+    #[inline(always)]
+    fn dots<X: Activations, D: Dots>(self, start: u32, n_units: u32, x: &X::Unit) -> [f32; TILE_ROWS] {
+        let tile = SharedTile { memory: self.memory, start: start as usize / 4 };
+        D::dots::<X>(self.matrix.format, tile, n_units as usize, lane_id() as usize, x, [0.0; TILE_ROWS])
+    }
+
+    /// Leaves the sums of this warp's share of tiles `tiles` of the band's quads. Waits for the kernel before, which makes the
+    /// vector, if `waits`.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
-    unsafe fn multiply<X: Activations, D: Dots, E: Epilogue>(
-        self,
-        tiles: Range<u32>,
-        epilogue: Option<(E, [u32; 2])>,
-    ) {
-        let Self { memory, copy, round, input, schedule, matrix, band, sums_at } = self;
-        let (thread, lane) = (thread_idx_x(), lane_id());
-        let (warp, quad_warps) = (thread / WARP_SIZE, schedule.warps / schedule.tile_warps);
-        let (first_quad, first_tile) = (warp / schedule.tile_warps, tiles.start + warp % schedule.tile_warps);
+    unsafe fn multiply<X: Activations, D: Dots>(self, tiles: Range<u32>, waits: bool) {
+        let Self { copy, round, input, schedule, matrix, band, sums, .. } = self;
+        let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
+        let (first_quad, quad_warps) = (warp / schedule.tile_warps, schedule.warps / schedule.tile_warps);
+        let first_tile = tiles.start + warp % schedule.tile_warps;
         let n_units = input.n_units();
         let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
         let units_of = |tile: u32| (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
         // Lanes without a unit take another one's: it meets no weights.
-        // SAFETY: the unit is inside the vector; the input keeps its contract.
-        let fetch = |tile: u32| unsafe { X::fetch(&input, tile, lane.min(units_of(tile) - 1)) };
-
-        // The vector, and what finishing needs besides the sums, on their way at once.
-        let mut fetched = fetch(first_tile.min(n_tiles - 1));
-        let (mut square_sum, mut prepared) = (0.0, E::Prepared::default());
-        if let Some((epilogue, _)) = epilogue {
-            if E::NORMALISES {
-                // SAFETY: the input keeps its contract.
-                square_sum = unsafe { input.squares(schedule.warps * WARP_SIZE) };
-            }
-            if thread < band.n_quads {
-                // SAFETY: the quad is one of the matrix's; the epilogue keeps its contract.
-                prepared = unsafe { epilogue.prepare(band.quad(thread), matrix) };
-            }
-        }
-        if let Some((_, [squares_at, prepared_at])) = epilogue {
-            // It is there when the vector is, and needs no registers from now on. (Not in the block above: the compiler would
-            // write out the code after it twice.)
-            if E::NORMALISES {
-                store_squares(memory, squares_at, square_sum, schedule.warps);
-            }
-            if thread < band.n_quads {
-                prepared.store(memory, (prepared_at + thread * E::Prepared::WORDS) as usize);
-            }
-        }
+        let unit_of = |tile: u32| lane.min(units_of(tile) - 1);
+        let bytes_of =
+            |tile: u32| if tile + 1 == n_tiles { matrix.last_tile_bytes } else { matrix.tile_bytes };
+        let start_of = |tile: u32| first_quad * matrix.quad_bytes + (tile - tiles.start) * matrix.tile_bytes;
+        let step = quad_warps * matrix.quad_bytes;
         let mut tile = first_tile;
-        while tile < tiles.end {
+        let (read_tile, unit) = (tile.min(n_tiles - 1), unit_of(tile.min(n_tiles - 1)));
+        if waits {
+            wait_for_previous_knowing(step | start_of(tile) | bytes_of(tile) | read_tile | unit);
+        }
+        // SAFETY: the unit is inside the vector; the input keeps its contract.
+        let mut fetched = unsafe { X::fetch(&input, read_tile, unit) };
+        if waits && thread_idx_x() == 0 {
+            copy.hurry();
+        }
+        while tile < tiles.end && first_quad < band.n_quads {
+            let (mut quad, mut at, bytes) = (first_quad, start_of(tile), bytes_of(tile));
+            // Of a quad, and where two are multiplied at a time of the next one.
+            let has_next = |quad: u32| D::IN_PAIRS && quad + quad_warps < band.n_quads;
+            let have_arrived = |quad: u32, at: u32| {
+                let next = if has_next(quad) { at + step } else { at };
+                copy.have_arrived(round, at, at + bytes)
+                    & (next == at || copy.have_arrived(round, next, next + bytes))
+            };
+            let wait = |at: u32, end: u32, have_arrived: bool| {
+                if !have_arrived {
+                    copy.wait_in_turn(round, at, end);
+                }
+            };
+            // Asked while the vector is on its way.
+            let mut are_there = have_arrived(quad, at);
             let x = X::unit(&input, fetched);
-            if tile + schedule.tile_warps < tiles.end {
-                fetched = fetch(tile + schedule.tile_warps);
+            let next_tile = tile + schedule.tile_warps;
+            if next_tile < tiles.end {
+                // SAFETY: as above.
+                fetched = unsafe { X::fetch(&input, next_tile, unit_of(next_tile)) };
             }
             let n_tile_units = units_of(tile);
-            let place = |quad: u32| {
-                let start = quad * matrix.quad_bytes + (tile - tiles.start) * matrix.tile_bytes;
-                let bytes = if tile + 1 == n_tiles { matrix.last_tile_bytes } else { matrix.tile_bytes };
-                [start, start + bytes]
-            };
-            let source = |[start, _]: [u32; 2]| SharedTile { memory, start: start as usize / 4 };
-            let dots = |source: SharedTile| {
-                D::dots::<X>(
-                    matrix.format,
-                    source,
-                    n_tile_units as usize,
-                    lane as usize,
-                    &x,
-                    [0.0; TILE_ROWS],
-                )
-            };
-            let store = |quad: u32, sum: f32| {
-                if lane.is_multiple_of(8) {
-                    let at = sums_at + (quad * n_tiles + tile) * TILE_ROWS as u32 + lane / 8;
-                    memory.set(at as usize, sum.to_bits());
-                }
-            };
             let has_unit = lane < n_tile_units;
-            let mut quad = first_quad;
             // Two at a time: one's instructions need not wait for what the other's give.
-            while D::IN_PAIRS && quad + quad_warps < band.n_quads {
-                let (near, far) = (place(quad), place(quad + quad_warps));
-                copy.wait_for_two(round, near, far);
-                let (near, far) = (source(near), source(far));
-                let (mut near_sums, mut far_sums) = ([0.0f32; TILE_ROWS], [0.0f32; TILE_ROWS]);
+            while has_next(quad) {
+                wait(at, at + step + bytes, are_there);
+                let (mut near, mut far) = ([0.0f32; TILE_ROWS], [0.0f32; TILE_ROWS]);
                 if has_unit {
-                    (near_sums, far_sums) = (dots(near), dots(far));
+                    near = self.dots::<X, D>(at, n_tile_units, &x);
+                    far = self.dots::<X, D>(at + step, n_tile_units, &x);
                 }
-                let (near_sum, far_sum) = (warp_reduce_add_4(near_sums), warp_reduce_add_4(far_sums));
-                store(quad, near_sum);
-                store(quad + quad_warps, far_sum);
-                quad += 2 * quad_warps;
+                let (near, far) = (warp_reduce_add_4(near), warp_reduce_add_4(far));
+                sums.store(quad, tile, near);
+                sums.store(quad + quad_warps, tile, far);
+                (quad, at) = (quad + 2 * quad_warps, at + 2 * step);
+                are_there = quad < band.n_quads && have_arrived(quad, at);
             }
             while quad < band.n_quads {
-                let place = place(quad);
-                copy.wait(round, place[0], place[1]);
-                let source = source(place);
-                let mut sums = [0.0f32; TILE_ROWS];
+                wait(at, at + bytes, are_there);
+                let mut products = [0.0f32; TILE_ROWS];
                 if has_unit {
-                    sums = dots(source);
+                    products = self.dots::<X, D>(at, n_tile_units, &x);
                 }
-                store(quad, warp_reduce_add_4(sums));
-                quad += quad_warps;
+                sums.store(quad, tile, warp_reduce_add_4(products));
+                (quad, at) = (quad + quad_warps, at + step);
+                are_there = !D::IN_PAIRS && quad < band.n_quads && have_arrived(quad, at);
             }
-            tile += schedule.tile_warps;
+            tile = next_tile;
         }
     }
 }
@@ -400,7 +447,8 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
 ) {
     let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
     let n_warps = block_dim_x() / WARP_SIZE;
-    let (is_copier, multiplies) = (warp == n_warps - 1, warp < schedule.warps);
+    // The last warp copies and finishes, the others multiply; one that is alone does it all.
+    let (is_last, multiplies) = (warp == n_warps - 1, warp < schedule.warps);
     let (matrix, band) = Band::of_block(matrices, schedule);
     let n_units = input.n_units();
     let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
@@ -408,14 +456,15 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let slab_tiles = if D::IN_SLABS { schedule.slab_tiles } else { n_tiles };
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
     let barrier = schedule.weight_words;
-    let squares_at = barrier + PacedCopy::barrier_words(4 * schedule.weight_words);
-    let sums_at = squares_at + SQUARES_WORDS;
-    let prepared_at = sums_at + schedule.sums_words(n_tiles);
+    let sums_at = barrier + PacedCopy::state_words(4 * schedule.weight_words);
+    let sums = Sums { memory, at: sums_at, n_tiles };
     let copy = PacedCopy::new(memory, barrier, 4 * schedule.weight_words);
     let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
-    // The band's bytes, or a slab's of its only quad.
-    let copy_slab = |round: u32, slab: u32| {
-        if is_copier {
+    let_next_start();
+    let (mut slab, mut round) = (0, 0);
+    loop {
+        if is_last {
+            // The band's bytes, or a slab's of its only quad.
             let start = slab * matrix.tile_bytes;
             let end = (start + slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
             let bytes = if D::IN_SLABS && slab_tiles < n_tiles {
@@ -426,59 +475,48 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
             // SAFETY: the bytes are the matrix's, and fit the room for weights.
             unsafe { copy.run(round, 0, from.wrapping_add(start as usize), bytes, schedule.window) };
         }
-    };
-    let_next_start();
-    let (mut slab, mut round) = (0, 0);
-    loop {
-        copy_slab(round, slab);
         let slab_end = (slab + slab_tiles).min(n_tiles);
         if multiplies {
-            let work = Work { memory, copy, round, input, schedule, matrix, band, sums_at };
-            if slab == 0 {
-                wait_for_previous();
-            }
-            let finishing = (slab == 0).then_some((epilogue, [squares_at, prepared_at]));
+            let work = Work { memory, copy, round, input, schedule, matrix, band, sums };
             // SAFETY: the caller's promise.
-            unsafe { work.multiply::<X, D, E>(slab..slab_end, finishing) };
+            unsafe {
+                if N == 1 {
+                    work.multiply::<X, D>(slab..slab_end, slab == 0);
+                } else {
+                    work.multiply::<X, OfThree<D>>(slab..slab_end, slab == 0);
+                }
+            }
         }
-        // All have read the slab, and left its sums.
-        sync_threads();
         slab = slab_end;
         if !D::IN_SLABS || slab == n_tiles {
             break;
         }
+        // All have read the slab.
+        sync_threads();
         round += 1;
     }
-
-    // The first warp's lanes finish a quad each.
-    if warp > 0 {
+    if !is_last {
+        sync_threads();
         return;
     }
-    let mut made = 0.0;
+
+    // A lane finishes a quad: all but its sums is ready before they are there.
+    sums.fill_up(band.n_quads);
+    let own = lane.min(band.n_quads - 1);
+    let at = settled(sums.quad(own));
+    wait_for_previous();
+    // SAFETY: the quad is one of the matrix's; input and epilogue keep their contracts.
+    let (prepared, factor) = unsafe {
+        let prepared = epilogue.prepare(band.quad(own), matrix);
+        (prepared, if E::NORMALISES { settled(input.norm_factor()) } else { 1.0 })
+    };
+    let ready = epilogue.ready(band.quad(own), matrix, prepared);
+    // All have left their sums.
+    sync_threads();
     if lane < band.n_quads {
-        let mut sums = sum_up(memory, sums_at, lane, n_tiles);
-        if E::NORMALISES && input.is_normalised() {
-            let mut square_sum = 0.0;
-            for warps in 0..schedule.warps.div_ceil(4) {
-                let [a, b, c, d] = memory.get4((squares_at + 4 * warps) as usize).map(f32::from_bits);
-                square_sum += (a + b) + (c + d);
-            }
-            let factor = rsqrt(mul_add(square_sum, input.per_n, input.eps));
-            sums = sums.map(|sum| sum * factor);
-        }
-        // SAFETY: the quad is one of the matrix's, finished by this thread alone; the epilogue keeps its contract.
-        made = unsafe {
-            let prepared = E::Prepared::load(memory, (prepared_at + lane * E::Prepared::WORDS) as usize);
-            epilogue.finish(band.quad(lane), matrix, sums, prepared)
-        };
-    }
-    let squares = epilogue.squares();
-    if !squares.is_null() {
-        let sum = warp_reduce_add(FULL_MASK, made, WARP_SIZE);
-        if lane == 0 {
-            // SAFETY: the block's own sum, by the epilogue's contract.
-            unsafe { *squares.add(block_idx_x() as usize) = sum };
-        }
+        let sums = sums.add_up(at).map(|sum| sum * factor);
+        // SAFETY: the quad is finished by this thread alone; the epilogue keeps its contract.
+        unsafe { ready.finish(sums) };
     }
 }
 

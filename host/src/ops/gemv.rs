@@ -49,7 +49,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
             ensure!(is_plain, "gemv: an input that is to be normalised has a product that is not added");
             let (schedule, config) = schedule::<Add>(device, &[weights], family, Chain::ADDED)?;
-            let operand = Next::of_launch(next, "gemv", weights.n_rows(), config.grid[0] as usize)?;
+            let operand = Next::of_launch(next, "gemv", weights.n_rows(), weights.n_quads())?;
             let output = Add { y: y.as_mut_ptr(), operand };
             // SAFETY: as above.
             return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
@@ -124,7 +124,7 @@ pub fn gemv_swiglu(
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
     let (kernels, family) = kernels(device, gate_up, x);
     let (schedule, config) = schedule::<Swiglu>(device, &[gate_up], family, Chain::OTHER)?;
-    let operand = Next::of_launch(next, "gemv_swiglu", gate_up.n_rows() / 2, config.grid[0] as usize)?;
+    let operand = Next::of_launch(next, "gemv_swiglu", gate_up.n_rows() / 2, gate_up.n_quads())?;
     let output = Swiglu { y: y.as_mut_ptr(), operand };
     // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule covers the matrix.
     unsafe { device.launch(kernels.gemv_swiglu, config, (gate_up.as_ref()?, input, schedule, output)) }

@@ -8,10 +8,11 @@ use super::{Matrix, dim, launch_1d};
 use crate::device::Device;
 use anyhow::{Context as _, Result};
 use cuda_std::launch::LaunchConfig;
+use cuda_std::pipeline::Window;
 use gpu_kernels::formats::UNIT;
 use gpu_kernels::formats::tile::TILE_UNITS;
 use gpu_kernels::gemv::epilogue::{Epilogue, Prepared as _};
-use gpu_kernels::gemv::few::FEW_WARPS;
+use gpu_kernels::gemv::few::{self, FEW_WARPS};
 use gpu_kernels::gemv::{ANY_WARPS, MAX_QUADS, Schedule, Shares, WARPS};
 
 /// Which kernels a product is made by.
@@ -26,14 +27,6 @@ pub(super) enum Family {
 }
 
 impl Family {
-    /// Tokens whose vectors the matrices are multiplied with.
-    fn n_tokens(self) -> usize {
-        match self {
-            Self::Own | Self::Any => 1,
-            Self::Few { n_tokens } => n_tokens,
-        }
-    }
-
     /// Warps that a multiprocessor is dealt, of which a block has a part.
     fn warps(self) -> usize {
         match self {
@@ -57,20 +50,29 @@ pub(super) struct Chain {
     /// Blocks of it that a multiprocessor has, where the whole matrix is dealt out at once: with fewer than there are places
     /// the kernels after it find some.
     at_once: usize,
-    /// Pieces of a block's weights that are on their way: more make what the next kernel waits for stand in line behind
-    /// them, with fewer memory idles.
-    window: u32,
+    /// Pieces of a block's weights that are on their way while the kernels before it run: more make what these wait for stand
+    /// in line behind them, with fewer memory idles.
+    ahead: u32,
+    /// Most quads of a band that may be an odd number: of more, one would be left alone where two are multiplied at a time.
+    most_odd: usize,
 }
 
 impl Chain {
     /// Attention follows, which reads little: there is the more time to fill places with the weights that come after it.
-    pub(super) const QKV: Self = Self { at_once: 2, window: 2 };
+    pub(super) const QKV: Self = Self { at_once: 2, ahead: 1, most_odd: 2 };
     /// Added onto the hidden state; what it waits for, attention's reads above all, should not stand in line behind it.
-    pub(super) const ADDED: Self = Self { at_once: 3, window: 1 };
+    pub(super) const ADDED: Self = Self { at_once: 3, ahead: 1, most_odd: 4 };
     /// All others.
-    pub(super) const OTHER: Self = Self { at_once: 3, window: 2 };
+    pub(super) const OTHER: Self = Self { at_once: 3, ahead: 2, most_odd: 4 };
+
+    /// The window of a block, which nobody waits for until the kernels before it have ended.
+    fn window(self) -> Window {
+        Window { ahead: self.ahead, late: LATE }
+    }
 }
 
+/// Pieces of a block's weights on their way when the kernels before it have ended.
+const LATE: u32 = 4;
 /// What a block has in shared memory beside the weights of its band of one quad, at most, for each token.
 pub(super) const MOST_BESIDE_BYTES: usize = 6 << 10;
 /// What a GPU takes of its shared memory for itself, for each block (CUDA C++ Programming Guide, compute capabilities 8.x and
@@ -78,8 +80,10 @@ pub(super) const MOST_BESIDE_BYTES: usize = 6 << 10;
 const RESERVED_BYTES: usize = 1 << 10;
 /// Tiles from which on a quad is long: with a tile or two for each warp, the vector is quantized by more warps at once.
 const LONG_TILES: usize = 8;
-/// Pieces on their way in such a block, of which a multiprocessor has two.
-const LONG_WINDOW: u32 = 3;
+/// Pieces on their way in such a block: where a multiprocessor has two,
+const LONG_WINDOW: Window = Window { ahead: 3, late: 3 };
+/// and where it has as many as fit, in several rounds.
+const LONG_ROUNDS_WINDOW: Window = Window { ahead: 1, late: 2 };
 /// The least tiles that make a block worth its start.
 const LEAST_TILES: usize = 2;
 
@@ -88,7 +92,7 @@ const LEAST_TILES: usize = 2;
 struct Blocks {
     warps: usize,
     quads: usize,
-    window: u32,
+    window: Window,
 }
 
 impl Blocks {
@@ -102,7 +106,7 @@ impl Blocks {
         bytes: impl Fn(usize) -> usize,
     ) -> Self {
         let multiprocessors = device.multiprocessors() as usize;
-        let window = chain.window;
+        let window = chain.window();
         if !device.is_cuda() {
             // On the CPU the threads of a block take turns: more of them only cost.
             return Self { warps: 1, quads: n_quads.div_ceil(4 * multiprocessors), window };
@@ -127,20 +131,17 @@ impl Blocks {
         }
         // In one round, give or take a twentieth of the blocks, which leaves a third of shared memory to the kernels after it.
         let quads = (19 * n_quads).div_ceil(20 * multiprocessors * chain.at_once);
-        let quads = in_pairs(quads, quads.next_multiple_of(2)).max(LEAST_TILES.div_ceil(n_tiles));
+        let quads = if quads > chain.most_odd { quads.next_multiple_of(2) } else { quads };
+        let quads = quads.max(LEAST_TILES.div_ceil(n_tiles));
         if fit(quads, chain.at_once, 2) {
             return Self { warps: most_warps / 3 - 1, quads, window };
         }
         // In as many as it takes, of the largest bands of which there are four places: blocks that end sooner take more.
         let most = (1..=MAX_QUADS as usize).rev().find(|&quads| fit(quads, 4, 3)).unwrap_or(1);
-        let quads = in_pairs(most, most / 2 * 2);
-        Self { warps: most_warps / 4 - 1, quads, window: Chain::OTHER.window }
+        let quads = if most > chain.most_odd { most / 2 * 2 } else { most };
+        let window = if n_tiles >= LONG_TILES { LONG_ROUNDS_WINDOW } else { Chain::OTHER.window() };
+        Self { warps: most_warps / 4 - 1, quads, window }
     }
-}
-
-/// Of more than four quads an even number, so that none is left alone where two are multiplied at a time.
-fn in_pairs(quads: usize, even: usize) -> usize {
-    if quads > 4 { even } else { quads }
 }
 
 /// Deals out the product of `matrices`, one below the other, to blocks.
@@ -163,7 +164,12 @@ pub(super) fn schedule<E: Epilogue>(
     let most_warps = family.most_warps() - n_copiers;
 
     let shared_bytes = |schedule: &Schedule| {
-        4 * schedule.shared_words(n_tiles as u32, family.n_tokens() as u32, E::Prepared::WORDS) as usize
+        4 * match family {
+            Family::Own | Family::Any => schedule.shared_words(n_tiles as u32),
+            Family::Few { n_tokens } => {
+                few::shared_words(*schedule, n_tiles as u32, n_tokens as u32, E::Prepared::WORDS)
+            }
+        } as usize
     };
     let of_band = |quads: usize, slab_tiles: usize, bytes: usize| Schedule {
         shares: [Shares::default(); 3],
@@ -172,7 +178,7 @@ pub(super) fn schedule<E: Epilogue>(
         slab_tiles: slab_tiles as u32,
         weight_words: bytes as u32 / 4,
         warps: 1,
-        window: chain.window,
+        window: chain.window(),
     };
     let bytes = |quads: usize| shared_bytes(&of_band(quads, n_tiles, quads * quad_bytes));
     let Blocks { warps, quads, window } =

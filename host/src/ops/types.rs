@@ -58,7 +58,7 @@ pub struct Operand {
     pub(super) len: usize,
     /// The values; none on the exact path.
     pub(super) words: Buffer<u32>,
-    /// One for each block that makes values, `n_squares` of them; none where the vector was not to be normalised.
+    /// One for each quad of rows, or each block, that makes values, `n_squares` of them; none where the vector was not to be normalised.
     pub(super) squares: Buffer<f32>,
     pub(super) n_squares: usize,
 }
@@ -110,13 +110,13 @@ pub struct Next<'a> {
 }
 
 impl Next<'_> {
-    /// What a launch of `n_blocks` blocks that makes `n` values is to leave, and notes that it does; nothing where nothing is
+    /// What a launch that makes `n` values by `n_sums` quads or blocks is to leave, and notes that it does; nothing where nothing is
     /// wanted.
     pub(super) fn of_launch(
         next: Option<Self>,
         operation: &str,
         n: usize,
-        n_blocks: usize,
+        n_sums: usize,
     ) -> Result<KernelOperand> {
         let Some(Self { operand, gamma }) = next else { return Ok(KernelOperand::NOTHING) };
         let Operand { len, words, squares, n_squares } = operand;
@@ -129,8 +129,8 @@ impl Next<'_> {
         if let Some(gamma) = gamma {
             ensure!(gamma.len() == n, "{operation}: gamma has {} values, the vector {n}", gamma.len());
             aligned(operation, "gamma", gamma, n)?;
-            at_least(operation, "squares", squares, n_blocks)?;
-            (operand.gamma, operand.squares, *n_squares) = (gamma.as_ptr(), squares.as_mut_ptr(), n_blocks);
+            at_least(operation, "squares", squares, n_sums)?;
+            (operand.gamma, operand.squares, *n_squares) = (gamma.as_ptr(), squares.as_mut_ptr(), n_sums);
         }
         Ok(operand)
     }
