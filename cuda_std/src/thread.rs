@@ -80,3 +80,40 @@ pub fn spin_hint() {
         _ => with_thread(|thread| thread.spin()),
     }
 }
+
+/// Says that this thread has arrived where others of its block [meet for the last time](meet_for_the_last_time). It does not
+/// wait for them, but returns. Whole warps make this call, in blocks of one dimension.
+#[inline(always)]
+pub fn arrive_at_last_meeting() {
+    // On the emulator nobody waits for a thread that has returned.
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: waits for nothing. Not `nomem`: what this thread has written is there for those who wait.
+    unsafe {
+        core::arch::asm!(
+            "{{ .reg .u32 threads;",
+            "mov.u32 threads, %ntid.x;",
+            "barrier.cta.arrive 1, threads; }}",
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Waits until every other thread of the block has called this as well, or [`arrive_at_last_meeting`]; the block meets no more.
+/// What they have written to shared memory before is there. Whole warps make this call, in blocks of one dimension.
+#[inline(always)]
+pub fn meet_for_the_last_time() {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            // SAFETY: waits. Not `nomem`: no access to memory may be moved across.
+            unsafe {
+                core::arch::asm!(
+                    "{{ .reg .u32 threads;",
+                    "mov.u32 threads, %ntid.x;",
+                    "barrier.cta.sync 1, threads; }}",
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+        _ => sync_threads(),
+    }
+}

@@ -30,7 +30,9 @@ use cuda_std::grid::{let_next_start, settled, wait_for_previous, wait_for_previo
 use cuda_std::launch::Kernel;
 use cuda_std::pipeline::{PacedCopy, Window};
 use cuda_std::shared::DynamicShared;
-use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
+use cuda_std::thread::{
+    arrive_at_last_meeting, block_dim_x, meet_for_the_last_time, sync_threads, thread_idx_x,
+};
 use cuda_std::warp::{WARP_SIZE, lane_id, warp_reduce_add_4};
 use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Qkv, Ready as _, Store, StoreOrdered, Swiglu};
@@ -496,7 +498,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         round += 1;
     }
     if !is_last {
-        sync_threads();
+        arrive_at_last_meeting();
         return;
     }
 
@@ -512,7 +514,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     };
     let ready = epilogue.ready(band.quad(own), matrix, prepared);
     // All have left their sums.
-    sync_threads();
+    meet_for_the_last_time();
     if lane < band.n_quads {
         let sums = sums.add_up(at).map(|sum| sum * factor);
         // SAFETY: the quad is finished by this thread alone; the epilogue keeps its contract.
