@@ -204,6 +204,7 @@ impl PacedCopy {
         self.memory.set(barrier as usize, self.memory.get(barrier as usize) + 1);
     }
 
+    #[inline(always)]
     fn is_over(&self, barrier: u32, round: u32) -> bool {
         self.memory.get(barrier as usize) > round
     }

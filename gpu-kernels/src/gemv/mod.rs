@@ -330,6 +330,19 @@ impl Sums {
     }
 }
 
+/// The products of the tile at byte `start` of the weights with the vector's unit of this lane.
+#[inline(always)]
+fn dots_at<X: Activations, D: Dots>(
+    memory: DynamicShared<u32>,
+    format: u32,
+    start: u32,
+    n_units: u32,
+    x: &X::Unit,
+) -> [f32; TILE_ROWS] {
+    let tile = SharedTile { memory, start: start as usize / 4 };
+    D::dots::<X>(format, tile, n_units as usize, lane_id() as usize, x, [0.0; TILE_ROWS])
+}
+
 /// What a warp multiplies.
 #[derive(Clone, Copy)]
 struct Work {
@@ -345,13 +358,6 @@ struct Work {
 }
 
 impl Work {
-    /// The products of the tile at byte `start` of the band with the vector's unit of this lane.
-    #[inline(always)]
-    fn dots<X: Activations, D: Dots>(self, start: u32, n_units: u32, x: &X::Unit) -> [f32; TILE_ROWS] {
-        let tile = SharedTile { memory: self.memory, start: start as usize / 4 };
-        D::dots::<X>(self.matrix.format, tile, n_units as usize, lane_id() as usize, x, [0.0; TILE_ROWS])
-    }
-
     /// Leaves the sums of this warp's share of tiles `tiles` of the band's quads. Waits for the kernel before, which makes the
     /// vector, if `waits`.
     ///
@@ -359,7 +365,7 @@ impl Work {
     /// As [`run`].
     #[inline(always)]
     unsafe fn multiply<X: Activations, D: Dots>(self, tiles: Range<u32>, waits: bool) {
-        let Self { copy, round, input, schedule, matrix, band, sums, .. } = self;
+        let Self { memory, copy, round, input, schedule, matrix, band, sums } = self;
         let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
         let (first_quad, quad_warps) = (warp / schedule.tile_warps, schedule.warps / schedule.tile_warps);
         let first_tile = tiles.start + warp % schedule.tile_warps;
@@ -411,8 +417,8 @@ impl Work {
                 wait(at, at + step + bytes, are_there);
                 let (mut near, mut far) = ([0.0f32; TILE_ROWS], [0.0f32; TILE_ROWS]);
                 if has_unit {
-                    near = self.dots::<X, D>(at, n_tile_units, &x);
-                    far = self.dots::<X, D>(at + step, n_tile_units, &x);
+                    near = dots_at::<X, D>(memory, matrix.format, at, n_tile_units, &x);
+                    far = dots_at::<X, D>(memory, matrix.format, at + step, n_tile_units, &x);
                 }
                 let (near, far) = (warp_reduce_add_4(near), warp_reduce_add_4(far));
                 sums.store(quad, tile, near);
@@ -424,7 +430,7 @@ impl Work {
                 wait(at, at + bytes, are_there);
                 let mut products = [0.0f32; TILE_ROWS];
                 if has_unit {
-                    products = self.dots::<X, D>(at, n_tile_units, &x);
+                    products = dots_at::<X, D>(memory, matrix.format, at, n_tile_units, &x);
                 }
                 sums.store(quad, tile, warp_reduce_add_4(products));
                 (quad, at) = (quad + quad_warps, at + step);
