@@ -2,7 +2,7 @@
 //!
 //! Blocks of several kernels share a multiprocessor: while one multiplies, the weights of others are on their way, those of
 //! the next kernel among them. So what is best for a product depends on what comes before and after it as well; what
-//! measured best on an H100 is written down here (docs/performance.md, version 8).
+//! measured best on an H100 is written down here (docs/performance.md, versions 8 and 9).
 
 use super::{Matrix, dim, launch_1d};
 use crate::device::Device;
