@@ -1,9 +1,9 @@
 //! Grids, blocks, indices, barriers.
 
 use crate::{launch, try_launch};
-use cuda_std::kernel;
 use cuda_std::thread::*;
 use cuda_std::warp::{lane_id, warp_id};
+use cuda_std::{kernel, shared_array};
 
 /// Writes every index of a thread at the thread's place in the grid.
 #[kernel]
@@ -114,6 +114,35 @@ fn a_barrier_does_not_wait_for_threads_that_returned() {
         let mut out = vec![u32::MAX; block as usize];
         launch(&LEAVE, 1, block, (out.as_mut_ptr(), stay));
         assert!(out.iter().enumerate().all(|(i, &v)| v == if i < stay as usize { 2 } else { u32::MAX }));
+    }
+}
+
+/// All warps but the last leave a number each and return; the last one adds them up.
+#[kernel]
+pub unsafe fn last_meeting(out: *mut u32) {
+    let numbers = shared_array!(NUMBERS: [u32; 32]);
+    let last = block_dim_x() / 32 - 1;
+    if warp_id() < last {
+        if lane_id() == 0 {
+            numbers.set(warp_id() as usize, warp_id() + 1);
+        }
+        arrive_at_last_meeting();
+        return;
+    }
+    meet_for_the_last_time();
+    if lane_id() == 0 {
+        let sum = (0..last as usize).map(|warp| numbers.get(warp)).sum();
+        // SAFETY: the block's own element.
+        unsafe { *out.add(block_idx_x() as usize) = sum };
+    }
+}
+
+#[test]
+fn the_last_warp_sees_what_those_left_that_have_returned() {
+    for warps in [1, 2, 5, 32] {
+        let mut out = [u32::MAX; 3];
+        launch(&LAST_MEETING, 3, 32 * warps, (out.as_mut_ptr(),));
+        assert_eq!(out, [warps * (warps - 1) / 2; 3]);
     }
 }
 

@@ -14,8 +14,8 @@ use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::shared::DynamicShared;
 use half::f16;
 
-/// What finishing a quad needs besides the sums; it waits in shared memory, where it takes no registers.
-pub trait Prepared: Copy + Default {
+/// What finishing a quad needs besides the sums. Who has no registers for it meanwhile leaves it in shared memory.
+pub trait Prepared: Copy {
     /// Words of shared memory, a multiple of 4.
     const WORDS: u32;
 
@@ -164,7 +164,7 @@ pub struct Add {
 }
 
 /// What a quad needs besides the products: what they are added to, and the factors of the norm to come.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct AddPrepared {
     y: [f32; TILE_ROWS],
     gamma: [f32; TILE_ROWS],
@@ -383,7 +383,7 @@ pub struct Qkv {
 }
 
 /// What a quad of queries, keys or values needs besides the products.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct QkvPrepared {
     bias: [f32; TILE_ROWS],
     /// Of both pairs of the quad.

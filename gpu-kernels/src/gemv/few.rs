@@ -289,12 +289,10 @@ unsafe fn run<F: Formats>(matrices: [MatrixRef; 3], vectors: Vectors, schedule: 
     let n_tiles = vectors.n_units.div_ceil(TILE_UNITS as u32);
 
     let memory = dynamic_shared!(GEMV_FEW_MEMORY: [u32]);
-    let barrier = schedule.weight_words;
-    let sums_at = barrier + PacedCopy::state_words(4 * schedule.weight_words);
-    let sums = Sums { memory, at: sums_at, n_tiles };
-    let prepared_at = sums_at + vectors.n_tokens * schedule.sums_words(n_tiles);
+    let sums = Sums { memory, at: schedule.band_words(), n_tiles };
+    let prepared_at = sums.at + vectors.n_tokens * schedule.sums_words(n_tiles);
     let pairs = Pairs { memory, matrix: &matrix, band, n_tokens: vectors.n_tokens, prepared_at };
-    let copy = PacedCopy::new(memory, barrier, 4 * schedule.weight_words);
+    let copy = PacedCopy::new(memory, schedule.weight_words, 4 * schedule.weight_words);
     let_next_start();
     // The weights depend on nothing, all else on the kernel before.
     if is_copier {

@@ -107,6 +107,7 @@ impl Schedule {
     }
 
     /// Words of shared memory for a band's weights and what says that they have arrived.
+    #[inline(always)]
     pub fn band_words(self) -> u32 {
         self.weight_words + PacedCopy::state_words(4 * self.weight_words)
     }
@@ -198,7 +199,7 @@ impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     }
 }
 
-/// Of tiles of one of three matrices.
+/// As `D`, of one of three matrices.
 struct OfThree<D>(PhantomData<D>);
 
 impl<D: Dots> Dots for OfThree<D> {
@@ -463,10 +464,8 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
 
     let slab_tiles = if D::IN_SLABS { schedule.slab_tiles } else { n_tiles };
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
-    let barrier = schedule.weight_words;
-    let sums_at = barrier + PacedCopy::state_words(4 * schedule.weight_words);
-    let sums = Sums { memory, at: sums_at, n_tiles };
-    let copy = PacedCopy::new(memory, barrier, 4 * schedule.weight_words);
+    let sums = Sums { memory, at: schedule.band_words(), n_tiles };
+    let copy = PacedCopy::new(memory, schedule.weight_words, 4 * schedule.weight_words);
     let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
     let_next_start();
     let (mut slab, mut round) = (0, 0);
@@ -487,13 +486,7 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
         if multiplies {
             let work = Work { memory, copy, round, input, schedule, matrix, band, sums };
             // SAFETY: the caller's promise.
-            unsafe {
-                if N == 1 {
-                    work.multiply::<X, D>(slab..slab_end, slab == 0);
-                } else {
-                    work.multiply::<X, OfThree<D>>(slab..slab_end, slab == 0);
-                }
-            }
+            unsafe { work.multiply::<X, D>(slab..slab_end, slab == 0) };
         }
         slab = slab_end;
         if !D::IN_SLABS || slab == n_tiles {
@@ -632,7 +625,7 @@ macro_rules! define_qkv {
             output: Qkv,
         ) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
-            unsafe { run::<$X, $D, _, 3>([q, k, v], input, schedule, output) }
+            unsafe { run::<$X, OfThree<$D>, _, 3>([q, k, v], input, schedule, output) }
         }
     };
 }

@@ -120,6 +120,8 @@ pub fn gemv_swiglu(
         "gemv_swiglu: gate and up must be one matrix in halves, found {:?}",
         gate_up.order()
     );
+    let is_plain = next.as_ref().is_none_or(|next| next.gamma.is_none());
+    ensure!(is_plain, "gemv_swiglu: its result is not normalised");
     let input = input("gemv_swiglu", gate_up, x, norm)?;
     at_least("gemv_swiglu", "y", y, gate_up.n_rows() / 2)?;
     let (kernels, family) = kernels(device, gate_up, x);
