@@ -43,7 +43,12 @@ fn a_launch_that_no_gpu_takes_is_refused() {
         let mut x = device.alloc_from(&[1.0f32; 4]).unwrap();
         let y = device.alloc_from(&[1.0f32; 4]).unwrap();
         for (grid, block) in [(1, 2048), (0, BLOCK_DIM as u32)] {
-            let config = LaunchConfig { grid: [grid, 1, 1], block: [block, 1, 1], dynamic_shared_bytes: 0 };
+            let config = LaunchConfig {
+                grid: [grid, 1, 1],
+                block: [block, 1, 1],
+                dynamic_shared_bytes: 0,
+                cluster: 1,
+            };
             // SAFETY: the lengths are the buffers'; only the configuration is wrong.
             let result = unsafe { device.launch(&RESIDUAL_ADD, config, (x.as_mut_ptr(), y.as_ptr(), 4)) };
             let error = format!("{:#}", result.unwrap_err());

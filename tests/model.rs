@@ -2,6 +2,7 @@
 
 pub mod made_up;
 mod reference;
+mod together;
 
 use crate::kernels::{Random, assert_close, devices, nmse};
 use crate::tiny_model::{N_EMBD, N_FF, TinyModel};

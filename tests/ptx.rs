@@ -80,8 +80,14 @@ fn kernels_assemble_without_spills() {
             "prefill_attention",
             "rms_norm",
             "sample",
+            "layers",
         ] {
             let hot: Vec<&Usage> = usages.iter().filter(|usage| usage.kernel.starts_with(prefix)).collect();
+            // Clusters of so many blocks are compute capability 9.0's alone.
+            if prefix == "layers" && architecture != "sm_90a" {
+                assert!(hot.is_empty(), "{architecture}: {hot:?}");
+                continue;
+            }
             assert!(!hot.is_empty(), "no kernel is called {prefix}...");
             let most = hot.iter().max_by_key(|usage| usage.registers).unwrap();
             println!("{architecture}: {} {prefix} kernels, at most {} registers", hot.len(), most.registers);
@@ -107,8 +113,9 @@ fn each_kernel_is_a_module() {
             let module = image.module(name).unwrap();
             assert_eq!(module.matches(".entry ").count(), 1, "{name}");
             // Of each kind one, and all that share memory in other ways.
-            let of_many =
-                ["gemv", "gemm", "attention", "prefill_attention"].iter().any(|of| name.starts_with(of));
+            let of_many = ["gemv", "gemm", "attention", "prefill_attention", "layers"]
+                .iter()
+                .any(|of| name.starts_with(of));
             if !of_many || ["q4_k", "128", "h1"].iter().any(|one| name.ends_with(one)) {
                 let usages = assemble(image.arch, &module);
                 assert_eq!(usages.iter().map(|usage| usage.kernel.as_str()).collect::<Vec<_>>(), [*name]);

@@ -32,6 +32,8 @@ const TARGET: &str = "nvptx64-nvidia-cuda";
 const PTX_VERSION: &str = "ptx78";
 /// The same for compute capability 9.0 and later, with the instructions for bulk copies: CUDA 12.0.
 const PTX_VERSION_90: &str = "ptx80";
+/// The same for 9.0 alone, with those by which blocks of a cluster write to each other's shared memory: CUDA 12.1.
+const PTX_VERSION_90A: &str = "ptx81";
 
 /// Loops of a fixed length are unrolled as far as it goes: an array that is indexed at run time lies in local memory
 /// instead of registers. Other loops are not: copies of a body that holds a whole tile only take registers.
@@ -120,14 +122,18 @@ impl CudaBuilder {
 
 impl CudaBuilder {
     /// The compiler's flags. Device code asks for instructions of newer GPUs with `cfg(cuda_sm_90)`: compute
-    /// capability 9.0 or later; for those of 9.0 alone, which no later one has (`wgmma`), with `cfg(cuda_sm_90a)`.
+    /// capability 9.0 or later; for those of 9.0 alone, which no later one has (`wgmma`, clusters of 16 blocks), with `cfg(cuda_sm_90a)`.
     fn rustflags(&self) -> Result<String> {
         let number: u32 = self
             .arch
             .strip_prefix("sm_")
             .and_then(|digits| digits.trim_end_matches(|c: char| c.is_ascii_lowercase()).parse().ok())
             .with_context(|| format!("an architecture is sm_<number>, found {}", self.arch))?;
-        let ptx_version = if number >= 90 { PTX_VERSION_90 } else { PTX_VERSION };
+        let ptx_version = match number {
+            _ if self.arch == "sm_90a" => PTX_VERSION_90A,
+            90.. => PTX_VERSION_90,
+            _ => PTX_VERSION,
+        };
         let mut newer = String::new();
         if number >= 90 {
             newer += " --cfg cuda_sm_90";

@@ -56,7 +56,8 @@ unsafe fn barriers() {
 
 /// Nanoseconds per `n`, the best of a few.
 fn time<A: KernelArgs + Copy>(what: &str, kernel: &Kernel<A>, grid: u32, block: u32, args: A, n: u32) {
-    let config = LaunchConfig { grid: [grid, 1, 1], block: [block, 1, 1], dynamic_shared_bytes: 0 };
+    let config =
+        LaunchConfig { grid: [grid, 1, 1], block: [block, 1, 1], dynamic_shared_bytes: 0, cluster: 1 };
     let run = || {
         let start = Instant::now();
         args.with_pointers(|pointers| {

@@ -109,6 +109,16 @@ pub fn div_approx(a: f32, b: f32) -> f32 {
     }
 }
 
+/// `1 / x`, off by at most one unit in the last place on a GPU; there the reciprocals of numbers below 2^-126 are infinite, and
+/// those of numbers above 2^126 are 0.
+#[inline(always)]
+pub fn rcp(x: f32) -> f32 {
+    cfg_select! {
+        target_arch = "nvptx64" => ptx!("rcp.approx.ftz.f32", x),
+        _ => 1.0 / x,
+    }
+}
+
 /// `1 / sqrt(x)`.
 #[inline(always)]
 pub fn rsqrt(x: f32) -> f32 {

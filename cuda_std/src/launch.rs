@@ -86,4 +86,6 @@ pub struct LaunchConfig {
     pub block: [u32; 3],
     /// Bytes of [`dynamic_shared!`](crate::dynamic_shared) memory per block.
     pub dynamic_shared_bytes: u32,
+    /// Neighbouring blocks in x that make a [cluster](crate::cluster); 1 where there are none.
+    pub cluster: u32,
 }

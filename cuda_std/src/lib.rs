@@ -25,6 +25,8 @@
 extern crate self as cuda_std;
 
 pub mod atomic;
+#[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]
+pub mod cluster;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;
 pub mod float;

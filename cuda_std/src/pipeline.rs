@@ -1,7 +1,7 @@
 //! Copies from device into shared memory that run beside the threads which started them.
 
 #[cfg(target_arch = "nvptx64")]
-mod barrier;
+pub(crate) mod barrier;
 mod block;
 mod paced;
 mod thread;

@@ -403,6 +403,13 @@ impl<T: SharedValue> DynamicShared<T> {
         unsafe { self.address.wrapping_add(first).copy_from_nonoverlapping(from, bytes) };
     }
 
+    /// The same memory of block `rank` of the cluster.
+    #[cfg(not(target_arch = "nvptx64"))]
+    #[track_caller]
+    pub(crate) fn of_block(self, rank: u32) -> Self {
+        Self { address: with_thread(|thread| thread.dynamic_shared_of(rank)), ..self }
+    }
+
     /// Where element `index` lies in the shared window.
     #[cfg(target_arch = "nvptx64")]
     #[inline(always)]

@@ -16,6 +16,7 @@ mod vote;
 
 pub use reduce::{
     Reduce, warp_max_u32, warp_reduce_add, warp_reduce_add_4, warp_reduce_add_n, warp_reduce_max,
+    warp_sum_u32,
 };
 pub use shuffle::{
     Shuffle, warp_shuffle_down, warp_shuffle_idx, warp_shuffle_up, warp_shuffle_xor, warp_shuffle_xor_n,

@@ -45,7 +45,7 @@ const DIMS: usize = 8;
 /// Most query heads times positions that a group of lanes takes at a time.
 const SCORES: usize = 8;
 /// What no score is below; finite, so that differences are numbers.
-const LOWEST: f32 = -1e30;
+pub(crate) const LOWEST: f32 = -1e30;
 
 /// What an attention launch works on.
 #[repr(C)]

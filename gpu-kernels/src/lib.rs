@@ -19,6 +19,8 @@ pub mod formats;
 pub mod gemm;
 pub mod gemv;
 pub mod kv_cache;
+#[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]
+pub mod layers;
 pub mod many_output;
 pub mod math;
 pub mod operand;

@@ -75,18 +75,18 @@ macro_rules! forward {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct LaunchAttribute {
-    /// Which attribute: [`PROGRAMMATIC_STREAM_SERIALIZATION`] is one.
+    /// Which attribute: [`PROGRAMMATIC_STREAM_SERIALIZATION`] or [`CLUSTER_DIMENSION`].
     pub id: c_uint,
     padding: u32,
-    /// The value, a union of 64 bytes; its first word is all that the attribute above needs.
+    /// The value, a union of 64 bytes, of which the attributes here need the first words.
     pub value: [u32; 16],
 }
 
 impl LaunchAttribute {
-    /// An attribute whose value is one word.
-    pub fn word(id: c_uint, value: u32) -> Self {
+    /// An attribute whose value is these words.
+    pub fn words<const N: usize>(id: c_uint, value: [u32; N]) -> Self {
         let mut words = [0; 16];
-        words[0] = value;
+        words[..N].copy_from_slice(&value);
         Self { id, padding: 0, value: words }
     }
 }
@@ -94,6 +94,13 @@ impl LaunchAttribute {
 /// The attribute that lets a kernel start before the one ahead of it on the stream has ended
 /// (`CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`).
 pub const PROGRAMMATIC_STREAM_SERIALIZATION: c_uint = 6;
+
+/// The attribute that makes clusters of so many blocks in x, y and z (`CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`).
+pub const CLUSTER_DIMENSION: c_uint = 4;
+
+/// The attribute of a function that allows clusters of more than 8 blocks
+/// (`CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED`).
+pub const NON_PORTABLE_CLUSTER_SIZE_ALLOWED: c_int = 14;
 
 /// A launch's shape, as cuda.h declares `CUlaunchConfig`.
 #[repr(C)]
@@ -153,7 +160,7 @@ forward! {
     fn cuEventSynchronize(h_event: CUevent);
     fn cuExternalMemoryGetMappedBuffer(dev_ptr: *mut CUdeviceptr, ext_mem: CUexternalMemory, buffer_desc: *const CUDA_EXTERNAL_MEMORY_BUFFER_DESC);
     fn cuFuncGetAttribute(pi: *mut c_int, attrib: CUfunction_attribute, hfunc: CUfunction);
-    fn cuFuncSetAttribute(hfunc: CUfunction, attrib: CUfunction_attribute, value: c_int);
+    fn cuFuncSetAttribute(hfunc: CUfunction, attrib: c_int, value: c_int);
     fn cuFuncSetCacheConfig(hfunc: CUfunction, config: CUfunc_cache);
     fn cuFuncSetSharedMemConfig(hfunc: CUfunction, config: CUsharedconfig);
     fn cuGetErrorName(error: CUresult, p_str: *mut *const c_char);
@@ -210,6 +217,7 @@ forward! {
     fn cuModuleLoadDataEx(module: *mut CUmodule, image: *const c_void, num_options: c_uint, options: *mut CUjit_option, option_values: *mut *mut c_void);
     fn cuModuleUnload(hmod: CUmodule);
     fn cuOccupancyAvailableDynamicSMemPerBlock(dynamic_smem_size: *mut usize, func: CUfunction, num_blocks: c_int, block_size: c_int);
+    fn cuOccupancyMaxActiveClusters(num_clusters: *mut c_int, func: CUfunction, config: *const LaunchConfig);
     fn cuOccupancyMaxActiveBlocksPerMultiprocessor(num_blocks: *mut c_int, func: CUfunction, block_size: c_int, dynamic_smem_size: usize);
     fn cuOccupancyMaxPotentialBlockSize(min_grid_size: *mut c_int, block_size: *mut c_int, func: CUfunction, block_size_to_dynamic_smem_size: CUoccupancyB2DSize, dynamic_smem_size: usize, block_size_limit: c_int);
     fn cuStreamBeginCapture_v2(h_stream: CUstream, mode: CUstreamCaptureMode);

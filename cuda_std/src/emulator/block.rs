@@ -1,6 +1,6 @@
 //! A block and its threads: what they wait for, and what makes them ready.
 //!
-//! A worker has one [`Block`] and runs all its blocks in it. The block's threads and the scheduler
+//! A worker has as many [`Block`]s as a cluster has and runs all its blocks in them. The threads of these and the scheduler
 //! ([`worker`](super::worker)) take turns on one thread of the operating system, so everything is in `Cell`s.
 
 use super::arena::Arena;
@@ -161,6 +161,41 @@ impl Thread {
         }
     }
 
+    /// The block's number in its cluster.
+    pub(crate) fn cluster_rank(&self) -> u32 {
+        self.block().rank.get()
+    }
+
+    /// The address of the dynamic shared memory of block `rank` of the cluster.
+    #[track_caller]
+    pub(crate) fn dynamic_shared_of(&self, rank: u32) -> *mut u8 {
+        let cluster = self.block().cluster.borrow();
+        assert!((rank as usize) < cluster.len(), "block {rank} of a cluster of {}", cluster.len());
+        // SAFETY: the worker keeps the blocks of the cluster while they run.
+        unsafe { &*cluster[rank as usize] }.shared.dynamic().0
+    }
+
+    /// Waits for all threads of the cluster that have not returned.
+    pub(crate) fn sync_cluster(&self) {
+        let running = || -> u32 {
+            let cluster = self.block().cluster.borrow();
+            // SAFETY: as above.
+            cluster.iter().map(|&block| unsafe { &*block }.running.get()).sum()
+        };
+        // SAFETY: as above; the first block counts for all.
+        let first = unsafe { &*self.block().cluster.borrow()[0] };
+        let meeting = first.cluster_meetings.get();
+        first.at_cluster_barrier.set(first.at_cluster_barrier.get() + 1);
+        while first.cluster_meetings.get() == meeting {
+            if first.at_cluster_barrier.get() == running() {
+                first.at_cluster_barrier.set(0);
+                first.cluster_meetings.set(meeting + 1);
+            } else {
+                self.spin();
+            }
+        }
+    }
+
     /// The address and bytes of the dynamic shared memory.
     pub(crate) fn dynamic_shared(&self) -> (*mut u8, u32) {
         self.block().shared.dynamic()
@@ -202,8 +237,14 @@ pub(super) struct Warp {
     pub(super) meetings: Meetings,
 }
 
-/// The block that a worker runs.
+/// A block that a worker runs.
 pub(super) struct Block {
+    /// The blocks of its cluster, and which of them it is.
+    cluster: RefCell<Vec<*const Block>>,
+    rank: Cell<u32>,
+    /// Of the first block of a cluster: threads of all its blocks at the cluster's barrier, and how often that has opened.
+    at_cluster_barrier: Cell<u32>,
+    cluster_meetings: Cell<u64>,
     index: Cell<[u32; 3]>,
     block_dim: Cell<[u32; 3]>,
     grid_dim: Cell<[u32; 3]>,
@@ -239,6 +280,10 @@ impl Block {
             yielder: Cell::new(ptr::null()),
         };
         let block = Rc::new(Self {
+            cluster: RefCell::default(),
+            rank: Cell::default(),
+            at_cluster_barrier: Cell::default(),
+            cluster_meetings: Cell::default(),
             index: Cell::default(),
             block_dim: Cell::default(),
             grid_dim: Cell::default(),
@@ -263,8 +308,11 @@ impl Block {
         block
     }
 
-    /// Prepares for the blocks of a launch.
-    pub(super) fn begin_launch(&self, grid: &Grid) {
+    /// Prepares for the blocks of a launch, as one of a cluster.
+    pub(super) fn begin_launch(&self, grid: &Grid, cluster: &[Rc<Self>]) {
+        self.cluster.replace(cluster.iter().map(Rc::as_ptr).collect());
+        let rank = cluster.iter().position(|block| ptr::eq(Rc::as_ptr(block), self));
+        self.rank.set(rank.expect("a block is one of its own cluster") as u32);
         self.entry.set(grid.kernel.entry);
         self.arguments.set(grid.arguments());
         self.grid_dim.set(grid.config.grid);
@@ -283,6 +331,7 @@ impl Block {
         let mut left = self.n_threads();
         self.running.set(left as u32);
         self.at_barrier.set(0);
+        self.at_cluster_barrier.set(0);
         self.failed.set(false);
         self.cancelled.set(false);
         for warp in self.warps() {

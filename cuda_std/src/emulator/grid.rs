@@ -13,6 +13,8 @@ pub(super) const MAX_THREADS: usize = 1024;
 const MAX_GRID: [u32; 3] = [i32::MAX as u32, 65_535, 65_535];
 /// Most threads of a block in x, y and z.
 const MAX_BLOCK: [u32; 3] = [1024, 1024, 64];
+/// Most blocks in a cluster, as on compute capability 9.0.
+const MAX_CLUSTER: u32 = 16;
 
 /// A launch in progress.
 pub(super) struct Grid<'a> {
@@ -37,7 +39,7 @@ impl<'a> Grid<'a> {
         arguments: &'a [*mut c_void],
     ) -> Result<Self, LaunchError> {
         let refuse = |reason: String| Err(LaunchError::Refused { kernel: kernel.name, reason });
-        let LaunchConfig { grid, block, dynamic_shared_bytes } = config;
+        let LaunchConfig { grid, block, dynamic_shared_bytes, cluster } = config;
         if grid.iter().zip(MAX_GRID).any(|(&n, max)| n == 0 || n > max) {
             return refuse(format!("the grid is {grid:?}, each must be 1 or more and at most {MAX_GRID:?}"));
         }
@@ -50,6 +52,11 @@ impl<'a> Grid<'a> {
         if threads as usize > MAX_THREADS {
             return refuse(format!(
                 "the block {block:?} has {threads} threads, at most {MAX_THREADS} are allowed"
+            ));
+        }
+        if cluster == 0 || cluster > MAX_CLUSTER || !grid[0].is_multiple_of(cluster) {
+            return refuse(format!(
+                "clusters are {cluster} blocks of a grid of {grid:?}, they must divide its x and be at most {MAX_CLUSTER}"
             ));
         }
         if dynamic_shared_bytes as usize > arena::MAX_TOTAL {
@@ -77,14 +84,19 @@ impl<'a> Grid<'a> {
         })
     }
 
-    /// The index of the next block that nobody has taken.
-    pub(super) fn take_block(&self) -> Option<[u32; 3]> {
+    /// The number of the first block of the next cluster that nobody has taken.
+    pub(super) fn take_cluster(&self) -> Option<u64> {
         if self.has_failed() || self.blocks_left() == 0 {
             return None;
         }
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let number = self.next.fetch_add(self.config.cluster.into(), Ordering::Relaxed);
+        (number < self.blocks).then_some(number)
+    }
+
+    /// The index of block `number`.
+    pub(super) fn index_of(&self, number: u64) -> [u32; 3] {
         let [x, y, _] = self.config.grid.map(u64::from);
-        (number < self.blocks).then(|| [number % x, number / x % y, number / x / y].map(|i| i as u32))
+        [number % x, number / x % y, number / x / y].map(|i| i as u32)
     }
 
     /// How many blocks nobody has taken.

@@ -7,7 +7,7 @@
 //! # What may wait for what
 //! A loop that waits for memory must call something that lets other threads run: [`spin_hint`], [`nanosleep`],
 //! [`load_acquire_u32`], or an exchange or compare-and-swap that fails. It may then wait for
-//! - any thread of its own block, and
+//! - any thread of its own block or cluster, and
 //! - any thread of a block with a lower index (in the order x, y, z): blocks start in that order.
 //!
 //! It must not wait for a block with a higher index, which may start only when this one is done. So a barrier across

@@ -1,4 +1,4 @@
-//! A worker: the scheduler that runs blocks on one thread of the operating system.
+//! A worker: the scheduler that runs blocks, those of a cluster together, on one thread of the operating system.
 
 use super::block::{Block, Failure, Outside};
 use super::error::LaunchError;
@@ -20,11 +20,11 @@ pub(super) fn run_blocks(grid: &Grid, mut go_on: impl FnMut() -> bool) {
     }
     let mut worker = WORKER.take().unwrap_or_else(|| Box::new(Worker::new()));
     let _outside = Outside::new();
-    worker.block.begin_launch(grid);
+    worker.begin_launch(grid);
     while go_on()
-        && let Some(index) = grid.take_block()
+        && let Some(first) = grid.take_cluster()
     {
-        if let Err(error) = worker.run_block(grid, index) {
+        if let Err(error) = worker.run_cluster(grid, first) {
             grid.fail(error);
         }
     }
@@ -32,7 +32,8 @@ pub(super) fn run_blocks(grid: &Grid, mut go_on: impl FnMut() -> bool) {
 }
 
 struct Worker {
-    block: Rc<Block>,
+    /// Those of a cluster, in the order of their ranks.
+    blocks: Vec<Rc<Block>>,
     fibers: Vec<Fiber>,
     /// Fibers on which no thread waits.
     idle: Vec<usize>,
@@ -40,49 +41,63 @@ struct Worker {
 
 impl Worker {
     fn new() -> Self {
-        Self { block: Block::new(), fibers: Vec::new(), idle: Vec::new() }
+        Self { blocks: Vec::new(), fibers: Vec::new(), idle: Vec::new() }
     }
 
-    fn run_block(&mut self, grid: &Grid, index: [u32; 3]) -> Result<(), LaunchError> {
-        self.block.begin(index);
-        let stacks = self.run_rounds(grid);
-        if self.block.running.get() > 0 {
-            self.cancel();
+    fn begin_launch(&mut self, grid: &Grid) {
+        self.blocks.resize_with(grid.config.cluster as usize, Block::new);
+        for block in &self.blocks {
+            block.begin_launch(grid, &self.blocks);
         }
+    }
+
+    fn run_cluster(&mut self, grid: &Grid, first: u64) -> Result<(), LaunchError> {
+        for (number, block) in (first..).zip(&self.blocks) {
+            block.begin(grid.index_of(number));
+        }
+        let stacks = self.run_rounds(grid);
+        self.cancel();
         let kernel = grid.kernel.name;
         stacks.map_err(|error| LaunchError::Stacks { kernel, error })?;
-        match self.block.take_failure() {
-            None => Ok(()),
-            Some((thread, Failure::Panic(message))) => {
-                Err(LaunchError::Panic { kernel, block: index, thread, message })
+        for (number, block) in (first..).zip(&self.blocks) {
+            let block_index = grid.index_of(number);
+            match block.take_failure() {
+                None => {}
+                Some((thread, Failure::Panic(message))) => {
+                    return Err(LaunchError::Panic { kernel, block: block_index, thread, message });
+                }
+                Some((thread, Failure::Divergence(message))) => {
+                    return Err(LaunchError::Divergence { kernel, block: block_index, thread, message });
+                }
+                Some((_, Failure::Refused(reason))) => return Err(LaunchError::Refused { kernel, reason }),
             }
-            Some((thread, Failure::Divergence(message))) => {
-                Err(LaunchError::Divergence { kernel, block: index, thread, message })
-            }
-            Some((_, Failure::Refused(reason))) => Err(LaunchError::Refused { kernel, reason }),
         }
+        Ok(())
     }
 
     /// Lets each warp run as far as it can, again and again, until no thread is left or something has failed.
     fn run_rounds(&mut self, grid: &Grid) -> io::Result<()> {
-        let block = Rc::clone(&self.block);
-        while block.running.get() > 0 {
-            let spins = block.spins.get();
+        let blocks = self.blocks.clone();
+        let spins = || blocks.iter().map(|block| block.spins.get()).sum::<u64>();
+        while let Some(running) = blocks.iter().find(|block| block.running.get() > 0) {
+            let spins_before = spins();
             let mut resumes = 0;
-            for warp in 0..block.warps().len() {
-                resumes += self.run_warp(&block, warp)?;
-                if block.has_failed() {
-                    return Ok(());
+            for block in &blocks {
+                for warp in 0..block.warps().len() {
+                    resumes += self.run_warp(block, warp)?;
+                    if block.has_failed() {
+                        return Ok(());
+                    }
                 }
             }
             if resumes == 0 {
-                block.fail_stuck();
+                running.fail_stuck();
                 return Ok(());
             }
             if grid.has_failed() {
                 return Ok(());
             }
-            if block.spins.get() - spins == resumes {
+            if spins() - spins_before == resumes {
                 // All that happened is that threads looked for something, which another block may be working at.
                 std::thread::yield_now();
             }
@@ -130,15 +145,19 @@ impl Worker {
 
     /// Unwinds all threads that have started and not returned.
     fn cancel(&mut self) {
-        let block = Rc::clone(&self.block);
-        block.cancel();
-        for (number, warp) in block.warps().iter().enumerate() {
-            let mut waiting = !(warp.unstarted.take() | warp.returned.get());
-            block.current_warp.set(number);
-            while waiting != 0 {
-                let fiber = block.thread(number, waiting.trailing_zeros()).fiber.get();
-                self.resume(&block, fiber);
-                waiting &= waiting - 1;
+        for block in self.blocks.clone() {
+            if block.running.get() == 0 {
+                continue;
+            }
+            block.cancel();
+            for (number, warp) in block.warps().iter().enumerate() {
+                let mut waiting = !(warp.unstarted.take() | warp.returned.get());
+                block.current_warp.set(number);
+                while waiting != 0 {
+                    let fiber = block.thread(number, waiting.trailing_zeros()).fiber.get();
+                    self.resume(&block, fiber);
+                    waiting &= waiting - 1;
+                }
             }
         }
     }

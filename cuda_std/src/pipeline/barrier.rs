@@ -6,7 +6,7 @@
 /// # Safety
 /// `barrier` is the address of 8 bytes of shared memory at a multiple of 8, which nobody else uses yet.
 #[inline(always)]
-pub(super) unsafe fn init(barrier: u32, arrivals: u32) {
+pub(crate) unsafe fn init(barrier: u32, arrivals: u32) {
     // SAFETY: the caller vouches for the address.
     unsafe {
         core::arch::asm!(
@@ -25,7 +25,7 @@ pub(super) unsafe fn init(barrier: u32, arrivals: u32) {
 /// # Safety
 /// `barrier` is the address of one.
 #[inline(always)]
-pub(super) unsafe fn arrive(barrier: u32) {
+pub(crate) unsafe fn arrive(barrier: u32) {
     // SAFETY: the caller vouches for the address.
     unsafe {
         core::arch::asm!(
@@ -42,7 +42,7 @@ pub(super) unsafe fn arrive(barrier: u32) {
 /// `barrier` is the address of one.
 #[cfg(not(cuda_sm_90))]
 #[inline(always)]
-pub(super) unsafe fn arrive_with_copies(barrier: u32) {
+pub(crate) unsafe fn arrive_with_copies(barrier: u32) {
     // SAFETY: the caller vouches for the address.
     unsafe {
         core::arch::asm!(
@@ -58,7 +58,7 @@ pub(super) unsafe fn arrive_with_copies(barrier: u32) {
 /// # Safety
 /// It is a barrier.
 #[inline(always)]
-pub(super) unsafe fn wait(barrier: u32, parity: u32) {
+pub(crate) unsafe fn wait(barrier: u32, parity: u32) {
     // SAFETY: the caller's promise.
     while !unsafe { is_over(barrier, parity) } {}
 }
@@ -70,7 +70,7 @@ macro_rules! looks {
         /// # Safety
         /// It is a barrier.
         #[inline(always)]
-        pub(super) unsafe fn $name(barrier: u32, parity: u32) -> bool {
+        pub(crate) unsafe fn $name(barrier: u32, parity: u32) -> bool {
             let is_over: u32;
             // SAFETY: looks at the barrier, or waits for some time. Not `nomem`: what follows may not be moved before it.
             unsafe {

@@ -98,9 +98,22 @@ pub fn warp_max_u32(value: u32) -> u32 {
     }
 }
 
+/// The sum of `value` over the whole warp, wrapping around, in one instruction.
+#[inline(always)]
+#[track_caller]
+pub fn warp_sum_u32(value: u32) -> u32 {
+    cfg_select! {
+        // SAFETY: a reduction touches no memory.
+        target_arch = "nvptx64" => unsafe { device::sum(value, super::FULL_MASK) },
+        _ => collective::<Sum<u32>>(super::FULL_MASK, super::WARP_SIZE, value),
+    }
+}
+
 #[cfg(target_arch = "nvptx64")]
 mod device {
     unsafe extern "unadjusted" {
+        #[link_name = "llvm.nvvm.redux.sync.add"]
+        pub(super) fn sum(value: u32, mask: u32) -> u32;
         #[link_name = "llvm.nvvm.redux.sync.umax"]
         pub(super) fn max(value: u32, mask: u32) -> u32;
     }

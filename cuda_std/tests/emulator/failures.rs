@@ -33,7 +33,7 @@ fn grids_and_blocks_that_a_gpu_refuses_are_refused() {
 
 #[test]
 fn a_wrong_number_of_arguments_is_refused() {
-    let config = LaunchConfig { grid: [1; 3], block: [1; 3], dynamic_shared_bytes: 0 };
+    let config = LaunchConfig { grid: [1; 3], block: [1; 3], dynamic_shared_bytes: 0, cluster: 1 };
     // SAFETY: refused before anything is read.
     let error = unsafe { emulator::launch(BREAKS.info(), config, &[]) }.unwrap_err();
     assert!(

@@ -3,6 +3,7 @@
 
 mod arguments;
 mod atomics;
+mod clusters;
 mod collectives;
 mod failures;
 mod grids;
@@ -20,8 +21,22 @@ fn try_launch<A: KernelArgs>(
     dynamic_shared_bytes: u32,
     args: A,
 ) -> Result<(), LaunchError> {
-    let config = LaunchConfig { grid, block, dynamic_shared_bytes };
+    let config = LaunchConfig { grid, block, dynamic_shared_bytes, cluster: 1 };
     // SAFETY: the tests pass pointers to vectors that are long enough.
+    args.with_pointers(|pointers| unsafe { emulator::launch(kernel.info(), config, pointers) })
+}
+
+/// A launch of a one-dimensional grid in clusters.
+fn try_launch_in_clusters<A: KernelArgs>(
+    kernel: &Kernel<A>,
+    grid: u32,
+    block: u32,
+    dynamic_shared_bytes: u32,
+    cluster: u32,
+    args: A,
+) -> Result<(), LaunchError> {
+    let config = LaunchConfig { grid: [grid, 1, 1], block: [block, 1, 1], dynamic_shared_bytes, cluster };
+    // SAFETY: as above.
     args.with_pointers(|pointers| unsafe { emulator::launch(kernel.info(), config, pointers) })
 }
 

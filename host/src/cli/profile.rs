@@ -115,7 +115,7 @@ fn print_tables(report: &Report) -> io::Result<()> {
 
 fn print_path(path: &PathProfile, out: &mut impl Write) -> io::Result<()> {
     let how = match path.name {
-        "captured" => {
+        "captured" | "together" => {
             "a recording of each operation alone; \"in step\" is what the step takes less without it"
         }
         _ => "a plain stream, an event behind each operation",

@@ -3,7 +3,7 @@
 use super::{Architecture, Config, RopeConfig, RopeScaling};
 use gpu_kernels::formats::Format;
 
-/// A well-known model as Q4_K_M files have it.
+/// A well-known model as files of it have it.
 #[derive(Debug, Clone)]
 pub struct Preset {
     /// Its name on the command line.
@@ -14,6 +14,16 @@ pub struct Preset {
     has_bias: bool,
     /// Whether the embeddings make the logits too.
     is_tied: bool,
+    mix: Mix,
+}
+
+/// Which matrices are in which format.
+#[derive(Clone, Copy, Debug)]
+enum Mix {
+    /// What llama.cpp calls Q4_K_M.
+    Q4KM,
+    /// Q4_1, but Q8_0 for the embeddings: for rows that are no multiple of the 256 values of a K-quant.
+    Q4_1,
 }
 
 /// A tensor of a preset.
@@ -46,10 +56,11 @@ struct Row {
     rope_base: f32,
     rms_eps: f32,
     is_tied: bool,
+    mix: Mix,
 }
 
 /// From the models' published configurations; llama3-8b is Llama 3.1 with its long context.
-const TABLE: [Row; 4] = [
+const TABLE: [Row; 5] = [
     Row {
         name: "llama3-8b",
         architecture: Architecture::Llama,
@@ -63,6 +74,7 @@ const TABLE: [Row; 4] = [
         rope_base: 500_000.0,
         rms_eps: 1e-5,
         is_tied: false,
+        mix: Mix::Q4KM,
     },
     Row {
         name: "llama3.2-1b",
@@ -77,6 +89,7 @@ const TABLE: [Row; 4] = [
         rope_base: 500_000.0,
         rms_eps: 1e-5,
         is_tied: true,
+        mix: Mix::Q4KM,
     },
     Row {
         name: "qwen2.5-1.5b",
@@ -91,6 +104,7 @@ const TABLE: [Row; 4] = [
         rope_base: 1_000_000.0,
         rms_eps: 1e-6,
         is_tied: false,
+        mix: Mix::Q4KM,
     },
     Row {
         name: "qwen2.5-7b",
@@ -105,6 +119,22 @@ const TABLE: [Row; 4] = [
         rope_base: 1_000_000.0,
         rms_eps: 1e-6,
         is_tied: false,
+        mix: Mix::Q4KM,
+    },
+    Row {
+        name: "smollm2-135m",
+        architecture: Architecture::Llama,
+        n_vocab: 49_152,
+        n_embd: 576,
+        n_ff: 1536,
+        n_layer: 30,
+        n_head: 9,
+        n_head_kv: 3,
+        n_ctx_train: 8192,
+        rope_base: 100_000.0,
+        rms_eps: 1e-5,
+        is_tied: true,
+        mix: Mix::Q4_1,
     },
 ];
 
@@ -136,7 +166,7 @@ impl Preset {
             },
         };
         let has_bias = row.architecture == Architecture::Qwen2;
-        Self { name: row.name, config, has_bias, is_tied: row.is_tied }
+        Self { name: row.name, config, has_bias, is_tied: row.is_tied, mix: row.mix }
     }
 
     /// A tensor by its name in GGUF files.
@@ -158,11 +188,14 @@ impl Preset {
         })
     }
 
-    /// The mix of formats that llama.cpp calls Q4_K_M (`llama-quant.cpp`): Q4_K, but Q6_K for what makes the logits,
-    /// and for values and down in the first and last eighth of the layers and every third in between.
+    /// The format of a tensor. Q4_K_M (`llama-quant.cpp`) is Q4_K, but Q6_K for what makes the logits, and for values and down in
+    /// the first and last eighth of the layers and every third in between.
     fn format(&self, name: &str, dimensions: usize) -> Format {
-        if dimensions == 1 {
-            return Format::F32;
+        match self.mix {
+            _ if dimensions == 1 => return Format::F32,
+            Mix::Q4_1 if name == "token_embd.weight" => return Format::Q8_0,
+            Mix::Q4_1 => return Format::Q4_1,
+            Mix::Q4KM => {}
         }
         let layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
         let wants_more = match layer {
@@ -192,8 +225,13 @@ mod tests {
                 (preset.name, tensors.map(|(_, tensor)| tensor.n_bytes()).sum::<usize>() as f64 / 1e9)
             })
             .collect();
-        let expected =
-            [("llama3-8b", 4.617), ("llama3.2-1b", 0.800), ("qwen2.5-1.5b", 0.980), ("qwen2.5-7b", 4.371)];
+        let expected = [
+            ("llama3-8b", 4.617),
+            ("llama3.2-1b", 0.800),
+            ("qwen2.5-1.5b", 0.980),
+            ("qwen2.5-7b", 4.371),
+            ("smollm2-135m", 0.0966),
+        ];
         for ((name, read), (expected_name, expected)) in read.into_iter().zip(expected) {
             assert_eq!(name, expected_name);
             assert!((read - expected).abs() < 0.001, "{name}: {read} GB");

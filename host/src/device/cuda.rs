@@ -2,7 +2,9 @@
 
 use super::ptx::{PtxImage, ptx_image_for, ptx_images};
 use anyhow::{Context as _, Result, bail, ensure};
-use cuda_driver::{LaunchAttribute, PROGRAMMATIC_STREAM_SERIALIZATION};
+use cuda_driver::{
+    CLUSTER_DIMENSION, LaunchAttribute, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, PROGRAMMATIC_STREAM_SERIALIZATION,
+};
 use cuda_std::launch::{KernelInfo, LaunchConfig};
 use cust::context::{Context, CurrentContext};
 use cust::device::{Device, DeviceAttribute};
@@ -225,6 +227,50 @@ impl CudaDevice {
         pointers: &[*mut c_void],
     ) -> Result<()> {
         self.enter()?;
+        let function = self.loaded(kernel)?;
+        let attributes = self.attributes(kernel, config);
+        // SAFETY: the caller's promise; the pointers are to the values that the kernel's parameters take.
+        let code = RECORDER.with_borrow(|recorder| unsafe {
+            if recorder.as_ref().is_some_and(|recorder| recorder.leaves_out) {
+                return sys::CUresult::CUDA_SUCCESS;
+            }
+            let stream = recorder.as_ref().map_or(&self.stream, |recorder| &recorder.stream);
+            let config = driver_config(config, stream, &attributes);
+            cuda_driver::cuLaunchKernelEx(&config, function, pointers.as_ptr().cast_mut(), ptr::null_mut())
+        });
+        check(code).with_context(|| {
+            format!("cannot launch {} on grid {:?}, block {:?}", kernel.name, config.grid, config.block)
+        })
+    }
+
+    /// Whether the GPU has room for a cluster of such a launch: never where its image has not the kernel.
+    pub(super) fn has_room_for_cluster(&self, kernel: &KernelInfo, config: LaunchConfig) -> Result<bool> {
+        let has_kernel = self.image.kernels().any(|name| name == kernel.name);
+        if !has_kernel || config.dynamic_shared_bytes > self.shared_bytes {
+            return Ok(false);
+        }
+        self.enter()?;
+        let function = self.loaded(kernel)?;
+        let attributes = self.attributes(kernel, config);
+        let config = driver_config(config, &self.stream, &attributes);
+        let mut clusters = 0;
+        // SAFETY: reads a number; the function was loaded.
+        check(unsafe { cuda_driver::cuOccupancyMaxActiveClusters(&mut clusters, function, &config) })
+            .with_context(|| format!("cannot tell how many clusters of {} fit {}", kernel.name, self.name))?;
+        Ok(clusters > 0)
+    }
+
+    fn attributes(&self, kernel: &KernelInfo, config: LaunchConfig) -> Vec<LaunchAttribute> {
+        // A GPU that cannot overlap kernels takes the attribute as well, but its kernels do not wait by themselves.
+        let overlaps = kernel.overlapping && self.overlaps_kernels();
+        let overlap = overlaps.then(|| LaunchAttribute::words(PROGRAMMATIC_STREAM_SERIALIZATION, [1]));
+        let cluster =
+            (config.cluster > 1).then(|| LaunchAttribute::words(CLUSTER_DIMENSION, [config.cluster, 1, 1]));
+        overlap.into_iter().chain(cluster).collect()
+    }
+
+    /// A kernel's function, loaded when it is first asked for.
+    fn loaded(&self, kernel: &KernelInfo) -> Result<sys::CUfunction> {
         let mut functions = self.functions.lock().expect("no thread panics while it holds the table");
         let id = kernel.id();
         if functions.len() <= id {
@@ -237,32 +283,7 @@ impl CudaDevice {
                 functions[id].insert(self.function(kernel)?)
             }
         };
-        // A GPU that cannot overlap kernels takes the attribute as well, but its kernels do not wait by themselves.
-        let overlaps = kernel.overlapping && self.overlaps_kernels();
-        let attributes = [LaunchAttribute::word(PROGRAMMATIC_STREAM_SERIALIZATION, 1)];
-        // SAFETY: the caller's promise; the pointers are to the values that the kernel's parameters take.
-        let code = RECORDER.with_borrow(|recorder| unsafe {
-            if recorder.as_ref().is_some_and(|recorder| recorder.leaves_out) {
-                return sys::CUresult::CUDA_SUCCESS;
-            }
-            let config = cuda_driver::LaunchConfig {
-                grid: config.grid,
-                block: config.block,
-                shared_mem_bytes: config.dynamic_shared_bytes,
-                stream: recorder.as_ref().map_or(&self.stream, |recorder| &recorder.stream).as_inner(),
-                attrs: attributes.as_ptr(),
-                num_attrs: u32::from(overlaps),
-            };
-            cuda_driver::cuLaunchKernelEx(
-                &config,
-                function.to_raw(),
-                pointers.as_ptr().cast_mut(),
-                ptr::null_mut(),
-            )
-        });
-        check(code).with_context(|| {
-            format!("cannot launch {} on grid {:?}, block {:?}", kernel.name, config.grid, config.block)
-        })
+        Ok(function.to_raw())
     }
 
     /// Loads a kernel, with as much shared memory as a launch may ask for.
@@ -290,6 +311,10 @@ impl CudaDevice {
             // while a block is on it, and the next kernel's blocks are to start beside this one's.
             let attribute = CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
             check(sys::cuFuncSetAttribute(function.to_raw(), attribute, 100))?;
+            if self.image.arch == "sm_90a" {
+                let attribute = NON_PORTABLE_CLUSTER_SIZE_ALLOWED;
+                check(cuda_driver::cuFuncSetAttribute(function.to_raw(), attribute, 1))?;
+            }
         }
         Ok(function)
     }
@@ -361,6 +386,22 @@ impl Drop for CudaGraph {
         let _ = CurrentContext::set_current(&*self.context);
         // SAFETY: instantiated above, destroyed once; the driver waits for replays under way.
         let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
+    }
+}
+
+/// A launch as the driver takes it.
+fn driver_config(
+    config: LaunchConfig,
+    stream: &Stream,
+    attributes: &[LaunchAttribute],
+) -> cuda_driver::LaunchConfig {
+    cuda_driver::LaunchConfig {
+        grid: config.grid,
+        block: config.block,
+        shared_mem_bytes: config.dynamic_shared_bytes,
+        stream: stream.as_inner(),
+        attrs: attributes.as_ptr(),
+        num_attrs: attributes.len() as u32,
     }
 }
 

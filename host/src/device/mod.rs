@@ -102,6 +102,18 @@ impl Device {
         }
     }
 
+    /// Whether there is room for a cluster of such a launch: on GPUs only of compute capability 9.0, for which alone such kernels
+    /// are compiled.
+    ///
+    /// # Errors
+    /// When the kernel does not load.
+    pub fn has_room_for_cluster<A>(&self, kernel: &Kernel<A>, config: LaunchConfig) -> Result<bool> {
+        match &self.0 {
+            Kind::Cuda(device) => device.has_room_for_cluster(kernel.info(), config),
+            Kind::Cpu(_) => Ok(config.dynamic_shared_bytes <= self.shared_bytes()),
+        }
+    }
+
     /// Bytes of shared memory that a block can have.
     pub fn shared_bytes(&self) -> u32 {
         match &self.0 {

@@ -13,8 +13,8 @@ use super::{Activations, Fusion, Settings};
 use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{
-    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvCache, KvStage, ManyOutput, Matrix, Next, Norm,
-    Operand, Output, Panels, Q8_1Vector, QkvWeights,
+    self, AttentionShape, AttentionWorkspace, Chunk, Input, KvCache, KvStage, LayerWeights, Layers,
+    ManyOutput, Matrix, Next, Norm, Operand, Output, Panels, Q8_1Vector, QkvWeights,
 };
 use anyhow::{Context as _, Result, bail};
 use gpu_kernels::kv_cache::KvFormat;
@@ -176,7 +176,8 @@ impl Buffers {
 }
 
 /// Tokens through the whole model: appends to the caches at their positions, and leaves the logits of the last one in
-/// `logits` where they are wanted (all but the last chunk of a prompt do without).
+/// `logits` where they are wanted (all but the last chunk of a prompt do without). One token goes through all layers in one
+/// launch where `together` is given: no probe stops in there.
 #[allow(clippy::too_many_arguments, reason = "each is one thing")]
 pub(super) fn forward(
     device: &Device,
@@ -185,6 +186,7 @@ pub(super) fn forward(
     caches: &mut [KvCache],
     b: &mut Buffers,
     tokens: Tokens,
+    together: Option<&mut Layers>,
     logits: Option<&mut Buffer<f32>>,
     probe: Probe,
 ) -> Result<(), Halt> {
@@ -192,15 +194,24 @@ pub(super) fn forward(
     // What follows each layer, and before them the embedding, is normalised with these.
     let norm_of =
         |layer: usize| weights.layers.get(layer).map_or(&weights.output_norm, |layer| &layer.attn_norm);
-    let next = match (tokens, settings.fusion) {
-        (Tokens::One, Fusion::Fused) => Some(Next { operand: &mut b.x_operand, gamma: Some(norm_of(0)) }),
+    let next = match (tokens, settings.fusion, &together) {
+        (Tokens::One, Fusion::Fused, None) => {
+            Some(Next { operand: &mut b.x_operand, gamma: Some(norm_of(0)) })
+        }
         _ => None,
     };
     ops::embed(device, token_embd, &b.steps, tokens.len(), rope, &mut b.x, &mut b.rotation, next)?;
     probe.after(Op::Embed, 0, device, &b.x)?;
 
-    for (i, (weights, cache)) in weights.layers.iter().zip(caches).enumerate() {
-        layer(device, weights, norm_of(i + 1), settings, cache, b, tokens, i, probe)?;
+    let are_together = together.is_some();
+    if let Some(together) = together {
+        let next = Next { operand: &mut b.x_operand, gamma: Some(&weights.output_norm) };
+        ops::layers(device, together, &b.steps, &b.rotation, &mut b.x, next)?;
+        probe.passed(Op::Layers, 0)?;
+    } else {
+        for (i, (weights, cache)) in weights.layers.iter().zip(caches).enumerate() {
+            layer(device, weights, norm_of(i + 1), settings, cache, b, tokens, i, probe)?;
+        }
     }
 
     if let Some(logits) = logits {
@@ -215,7 +226,8 @@ pub(super) fn forward(
                     ops::make_operand(device, &x, next)?;
                 }
                 let x = input(settings.activations, &x, &b.x_operand);
-                ops::gemv(device, weights.output(), x, Some(norm), Output::Set(logits))?;
+                let output = if are_together { Output::SetAfterLayers(logits) } else { Output::Set(logits) };
+                ops::gemv(device, weights.output(), x, Some(norm), output)?;
             }
             Fusion::Unfused => {
                 let unfused = unfused::buffers(&mut b.unfused)?;
@@ -225,6 +237,36 @@ pub(super) fn forward(
         probe.after(Op::Logits, 0, device, logits)?;
     }
     Ok(())
+}
+
+/// The layers as one launch goes through them, for one token; `None` where they have to go kernel by kernel ([`Layers::new`]).
+///
+/// # Errors
+/// As [`Layers::new`].
+///
+/// # Safety
+/// Weights and caches must live as long as what this gives.
+pub unsafe fn together(
+    device: &Device,
+    weights: &Weights,
+    settings: &Settings,
+    caches: &mut [KvCache],
+) -> Result<Option<Layers>> {
+    if settings.activations != Activations::Q8_1 || settings.fusion != Fusion::Fused {
+        return Ok(None);
+    }
+    let both = weights.layers.iter().zip(caches).map(|(layer, cache)| match (&layer.ffn_gate_up, cache) {
+        (GateUp::Joined(gate_up), KvCache::F16(cache)) => {
+            let Layer { attn_norm, attn_output, ffn_norm, ffn_down: down, .. } = layer;
+            let weights = LayerWeights { attn_norm, qkv: qkv(layer), attn_output, ffn_norm, gate_up, down };
+            Some((weights, cache))
+        }
+        _ => None,
+    });
+    let Some(both) = both.collect::<Option<Vec<_>>>() else { return Ok(None) };
+    let (AttentionShape { n_head, scale, .. }, eps) = (settings.attention, settings.rms_eps);
+    // SAFETY: the caller's promise.
+    unsafe { Layers::new(device, both.into_iter(), n_head, &settings.rope, eps, scale) }
 }
 
 /// The logits of tokens `range` of the many that went through the model last: `[range.len(), n_vocab]`, rows filled up to a

@@ -7,7 +7,7 @@ mod trace;
 mod unfused;
 mod weights;
 
-pub use forward::{Buffers, FfnBuffers, Tokens, ffn, layer};
+pub use forward::{Buffers, FfnBuffers, Tokens, ffn, layer, together};
 pub use session::Session;
 pub use trace::{Halt, Op, Point, Probe};
 pub use weights::{GateUp, Layer, Linear, Weights};

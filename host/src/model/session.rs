@@ -2,12 +2,12 @@
 
 mod timing;
 
-use super::forward::{Buffers, Tokens, forward, has_few_products, logits_of_many};
+use super::forward::{Buffers, Tokens, forward, has_few_products, logits_of_many, together};
 use super::trace::{Halt, Op, Point, Probe};
 use super::weights::GateUp;
 use super::{Fusion, Model, weights};
 use crate::device::{Buffer, HostBuffer, Recording, Signal};
-use crate::ops::{self, AttentionWorkspace, Chunk, KvCache, SampleWorkspace};
+use crate::ops::{self, AttentionWorkspace, Chunk, KvCache, Layers, SampleWorkspace};
 use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
@@ -34,9 +34,12 @@ const LOGITS_AT_ONCE: usize = 64;
 /// Tokens in a KV cache, and the logits of the last one fed.
 pub struct Session<'m> {
     model: &'m Model,
-    /// The launches of each kind of step, for short contexts and for long ones. Declared, and so dropped, before the buffers
-    /// they use.
-    steps: [[RecordedStep; 3]; 2],
+    /// The launches of each kind of step, for each [`Way`]. Declared, and so dropped, before the buffers they use.
+    steps: [[RecordedStep; 3]; 3],
+    /// All layers in one launch, where the model and the device allow for it.
+    together: Option<Layers>,
+    /// Whether steps that are watched go that way as well.
+    watches_together: bool,
     buffers: Buffers,
     /// Where many tokens go through at once; none where they do not.
     many: Option<Buffers>,
@@ -76,6 +79,21 @@ enum Kind {
     Choice = 2,
 }
 
+/// How a token goes through the layers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// In one launch.
+    Together = 0,
+    /// Kernel by kernel, with a short context.
+    Short = 1,
+    /// Kernel by kernel, with a long one.
+    Long = 2,
+}
+
+/// Longest context with which a token goes through all layers in one launch, where it can: attention of a few multiprocessors takes
+/// longer than that of all the more positions there are.
+const MOST_TOGETHER: usize = 1024;
+
 /// How far recording a step's launches has come.
 enum RecordedStep {
     /// It has not run yet: its first run launches one kernel after the other.
@@ -91,8 +109,9 @@ impl<'m> Session<'m> {
         let (device, config) = (&model.device, &model.config);
         let kv_format = model.settings.kv_format;
         let cache = |_| KvCache::alloc(device, kv_format, config.n_head_kv, model.n_ctx, config.head_dim);
-        let caches = (0..config.n_layer).map(cache).collect::<Result<_>>();
-        let caches = caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
+        let caches = (0..config.n_layer).map(cache).collect::<Result<Vec<_>>>();
+        let mut caches =
+            caches.with_context(|| format!("no room for a KV cache of {} tokens", model.n_ctx))?;
         let n_batch = model.n_batch.min(model.n_ctx);
         let min_chunk = min_chunk(model);
         let many = if model.settings.fusion == Fusion::Fused && n_batch >= min_chunk {
@@ -103,9 +122,18 @@ impl<'m> Session<'m> {
         } else {
             None
         };
+        // On the CPU it would all be one core's.
+        let together = if device.is_cuda() {
+            // SAFETY: the session keeps the caches, and borrows the weights.
+            unsafe { together(device, &model.weights, &model.settings, &mut caches)? }
+        } else {
+            None
+        };
         Ok(Self {
             model,
-            steps: [const { [const { RecordedStep::Fresh }; 3] }; 2],
+            steps: [const { [const { RecordedStep::Fresh }; 3] }; 3],
+            together,
+            watches_together: false,
             buffers: Buffers::alloc(device, config, &model.settings)?,
             many,
             min_chunk,
@@ -246,7 +274,8 @@ impl<'m> Session<'m> {
         device.upload(&mut many.steps.part(0..steps.len()), &steps)?;
         let chunk = Tokens::Many(Chunk { position, n_tokens: tokens.len() });
         let logits = if with_logits { Some(&mut self.logits) } else { None };
-        let run = forward(device, weights, settings, &mut self.caches, many, chunk, logits, Probe::default());
+        let run =
+            forward(device, weights, settings, &mut self.caches, many, chunk, None, logits, Probe::default());
         match run {
             Ok(()) => {
                 self.position += tokens.len();
@@ -405,8 +434,7 @@ impl<'m> Session<'m> {
             return self.issue(kind, probe);
         }
         let device = &self.model.device;
-        let is_long = AttentionWorkspace::is_long(self.position + 1);
-        let recorded = (usize::from(is_long), kind as usize);
+        let recorded = (self.way(probe) as usize, kind as usize);
         match &self.steps[recorded.0][recorded.1] {
             RecordedStep::Fresh => {
                 self.issue(kind, probe)?;
@@ -427,14 +455,32 @@ impl<'m> Session<'m> {
         Ok(())
     }
 
+    /// How the next token goes through the layers.
+    fn way(&self, probe: Probe) -> Way {
+        let length = self.position + 1;
+        let is_allowed = match probe {
+            Probe::Nothing => true,
+            Probe::Watch(_) => self.watches_together,
+            Probe::StopAt(_) => false,
+        };
+        if self.together.is_some() && length <= MOST_TOGETHER && is_allowed {
+            Way::Together
+        } else if AttentionWorkspace::is_long(length) {
+            Way::Long
+        } else {
+            Way::Short
+        }
+    }
+
     /// Launches a step's kernels, one after the other.
     fn issue(&mut self, kind: Kind, probe: Probe) -> Result<(), Halt> {
         let Model { device, config, settings, weights, .. } = self.model;
         let weights: &weights::Weights = weights;
+        let together = if self.way(probe) == Way::Together { self.together.as_mut() } else { None };
         let b = &mut self.buffers;
         b.attention.suit(self.position + 1);
         let logits = if kind == Kind::Prompt { None } else { Some(&mut self.logits) };
-        forward(device, weights, settings, &mut self.caches, b, Tokens::One, logits, probe)?;
+        forward(device, weights, settings, &mut self.caches, b, Tokens::One, together, logits, probe)?;
         if kind == Kind::Choice {
             let chosen = self.chosen.as_buffer();
             let (logits, sampling) = (&self.logits, &self.sampling);

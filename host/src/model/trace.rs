@@ -48,6 +48,8 @@ pub enum Op {
     FfnSwigluQ8,
     /// Hidden state after the feed-forward network is added: `[n_embd]`.
     FfnOutput,
+    /// All layers, where a token goes through them in one launch: a run cannot stop here.
+    Layers,
     /// Normalised hidden state of the last layer: `[n_embd]`.
     OutputNorm,
     /// The same in Q8_1.

@@ -19,6 +19,8 @@ use std::ptr;
 pub enum Output<'a> {
     /// `y = W x`.
     Set(&'a mut Buffer<f32>),
+    /// The same, directly behind [`layers`](super::layers) of the same token.
+    SetAfterLayers(&'a mut Buffer<f32>),
     /// `y = W x + bias`.
     SetBiased(&'a mut Buffer<f32>, &'a Buffer<f32>),
     /// `y += W x`; and `y` as the next product reads it.
@@ -36,10 +38,14 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     let matrix = weights.as_ref()?;
     let (kernels, family) = kernels(device, weights, x);
     let is_natural = weights.order() == RowOrder::NATURAL;
+    let chain = match output {
+        Output::SetAfterLayers(_) => Chain::AFTER_LAYERS,
+        _ => Chain::OTHER,
+    };
     let ordered_output = match output {
-        Output::Set(y) if is_natural => {
+        Output::Set(y) | Output::SetAfterLayers(y) if is_natural => {
             aligned("gemv", "y", y, weights.n_rows())?;
-            let (schedule, config) = schedule::<Store>(device, &[weights], family, Chain::OTHER)?;
+            let (schedule, config) = schedule::<Store>(device, &[weights], family, chain)?;
             let output = Store { y: y.as_mut_ptr() };
             // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
             return unsafe { device.launch(kernels.gemv, config, (matrix, input, schedule, output)) };
@@ -54,7 +60,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
             // SAFETY: as above.
             return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
         }
-        Output::Set(y) => {
+        Output::Set(y) | Output::SetAfterLayers(y) => {
             aligned("gemv", "y", y, weights.n_rows())?;
             StoreOrdered { y: y.as_mut_ptr(), bias: ptr::null() }
         }

@@ -8,6 +8,7 @@ mod few;
 mod gemm;
 mod gemv;
 mod kv;
+mod layers;
 mod matrix;
 mod read;
 mod sample;
@@ -20,6 +21,7 @@ pub use few::has_few_products;
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
 pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
 pub use kv::{KvCache, KvLayer, KvStage, KvView, QuantizedKvLayer, quantize_kv};
+pub use layers::{LayerWeights, Layers, layers};
 pub use matrix::{Matrix, Packer};
 pub use read::read;
 pub use sample::{SampleWorkspace, sample};
@@ -34,7 +36,12 @@ use cuda_std::launch::LaunchConfig;
 fn launch_1d(blocks: usize, threads: usize) -> Result<LaunchConfig> {
     let blocks = u32::try_from(blocks).ok().filter(|&blocks| blocks <= i32::MAX as u32);
     let blocks = blocks.context("a grid of more than 2,147,483,647 blocks")?;
-    Ok(LaunchConfig { grid: [blocks, 1, 1], block: [threads as u32, 1, 1], dynamic_shared_bytes: 0 })
+    Ok(LaunchConfig {
+        grid: [blocks, 1, 1],
+        block: [threads as u32, 1, 1],
+        dynamic_shared_bytes: 0,
+        cluster: 1,
+    })
 }
 
 /// A length as a kernel's `u32` parameter.

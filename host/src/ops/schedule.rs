@@ -64,6 +64,8 @@ impl Chain {
     pub(super) const ADDED: Self = Self { at_once: 3, ahead: 1, most_odd: 4 };
     /// All others.
     pub(super) const OTHER: Self = Self { at_once: 3, ahead: 2, most_odd: 4 };
+    /// It follows a launch that takes long and leaves memory idle: as much as there is room for may come meanwhile.
+    pub(super) const AFTER_LAYERS: Self = Self { at_once: 3, ahead: u32::MAX, most_odd: 4 };
 
     /// The window of a block, which nobody waits for until the kernels before it have ended.
     fn window(self) -> Window {
@@ -139,7 +141,11 @@ impl Blocks {
         // In as many as it takes, of the largest bands of which there are four places: blocks that end sooner take more.
         let most = (1..=MAX_QUADS as usize).rev().find(|&quads| fit(quads, 4, 3)).unwrap_or(1);
         let quads = if most > chain.most_odd { most / 2 * 2 } else { most };
-        let window = if n_tiles >= LONG_TILES { LONG_ROUNDS_WINDOW } else { Chain::OTHER.window() };
+        let window = if n_tiles >= LONG_TILES {
+            LONG_ROUNDS_WINDOW
+        } else {
+            Window { ahead: chain.ahead.max(Chain::OTHER.ahead), late: LATE }
+        };
         Self { warps: most_warps / 4 - 1, quads, window }
     }
 }

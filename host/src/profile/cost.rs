@@ -146,6 +146,11 @@ pub fn cost(model: &Model, Point { op, layer }: Point, n_positions: usize) -> Re
             let vectors = input(n_embd) + f32s(n_vocab);
             norm(&weights.output_norm) + Cost::matrix(weights.output()) + Cost::other(vectors)
         }
+        Op::Layers => {
+            let of_layer = [Op::QRope, Op::Attention, Op::AttnOutput, Op::FfnSwiglu, Op::FfnOutput];
+            let points = (0..config.n_layer).flat_map(|layer| of_layer.map(|op| Point { op, layer }));
+            points.map(|point| cost(model, point, n_positions)).sum::<Result<_>>()?
+        }
         Op::Choice => Cost::other(f32s(n_vocab)),
     })
 }

@@ -11,7 +11,7 @@ pub const SLOW_SHARE: f64 = 0.02;
 /// One way to run a step.
 #[derive(Debug, Serialize)]
 pub struct PathProfile {
-    /// `unfused`, `fused` or `captured`.
+    /// `unfused`, `fused`, `captured` or `together`.
     pub name: &'static str,
     /// A whole step, in a row of [`STEPS`](super::STEPS) of them, without events between operations.
     pub step_us: f64,

@@ -80,6 +80,7 @@ fn describe(op: Op, fusion: Fusion) -> Described {
         (Op::FfnSwiglu, Fusion::Unfused) => ("swiglu", Micro, true),
         (Op::FfnSwigluQ8, _) => ("quantize swiglu", Micro, true),
         (Op::FfnOutput, _) => ("down, residual", Macro, true),
+        (Op::Layers, _) => ("all layers", Macro, false),
         (Op::OutputNorm, _) => ("output norm", Micro, false),
         (Op::OutputNormQ8, _) => ("quantize output norm", Micro, false),
         (Op::Logits, Fusion::Fused) => ("norm, logits", Macro, false),
@@ -110,7 +111,7 @@ pub struct Profile {
     pub ceiling_bytes: usize,
     /// Between two events with nothing between them: taken off every operation's time on a plain stream.
     pub empty_us: f64,
-    /// Unfused, fused and captured.
+    /// Unfused, fused and captured, and captured together where a token goes through all layers in one launch.
     pub paths: Vec<PathProfile>,
     /// Why there is no captured path, where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -143,18 +144,25 @@ pub fn measure(
         if options.depth > 0 {
             session.fill_with_noise(options.depth)?;
         }
-        let points = points(&mut session)?;
-        let mut add = |name, timings: &Timings| -> Result<()> {
-            paths.push(path(name, model, &points, timings, options.depth + 1, gb_per_s)?);
+        let steps = points(&mut session)?;
+        let mut add = |name, points: &[Point], timings: &Timings| -> Result<()> {
+            paths.push(path(name, model, points, timings, options.depth + 1, gb_per_s)?);
             Ok(())
         };
         let name = if fusion == Fusion::Fused { "fused" } else { "unfused" };
         progress(name);
-        add(name, &clock.plain(&mut session, &points)?)?;
+        add(name, &steps, &clock.plain(&mut session, &steps)?)?;
         if i + 1 == options.fusions.len() {
             progress("captured");
-            if let Some(timings) = clock.captured(&mut session, &points)? {
-                add("captured", &timings)?;
+            if let Some(timings) = clock.captured(&mut session, &steps)? {
+                add("captured", &steps, &timings)?;
+            }
+            if session.watch_together(STEPS) {
+                progress("together");
+                let steps = points(&mut session)?;
+                if let Some(timings) = clock.captured(&mut session, &steps)? {
+                    add("together", &steps, &timings)?;
+                }
             }
         }
     }

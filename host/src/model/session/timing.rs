@@ -1,6 +1,6 @@
 //! Steps for [`crate::profile`]: watched, repeated, and in part. None of them counts as fed.
 
-use super::{Kind, Session};
+use super::{Kind, MOST_TOGETHER, Session};
 use crate::device::Recording;
 use crate::model::Op;
 use crate::model::trace::{Halt, Point, Probe};
@@ -13,6 +13,12 @@ impl Session<'_> {
         ensure!(self.position < self.model.n_ctx, "the context of {} tokens is full", self.model.n_ctx);
         self.has_logits = false;
         self.place(0)
+    }
+
+    /// From now on steps go through all layers in one launch, as those do that are not timed, if the next `n` of them do.
+    pub(crate) fn watch_together(&mut self, n: usize) -> bool {
+        self.watches_together = self.together.is_some() && self.position + n <= MOST_TOGETHER;
+        self.watches_together
     }
 
     /// Launches a step that ends with the choice of the next token, kernel by kernel, and tells `watch` after each

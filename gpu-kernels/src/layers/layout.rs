@@ -1,0 +1,249 @@
+//! What the launch is about, and how a block's shared memory is used.
+
+use super::{BLOCKS, WARPS};
+use crate::formats::tile::{Geometry, TILE_ROWS, TILE_UNITS, aligned_bytes};
+use crate::formats::{UNIT, WeightFormat};
+use bytemuck::{Pod, Zeroable};
+use cuda_std::cluster::Arrivals;
+
+/// What is a layer's own: addresses in device memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct LayerRef {
+    /// `[n_embd]`.
+    pub attn_norm: u64,
+    /// `[n_embd]`.
+    pub ffn_norm: u64,
+    /// Tiles of `[n_head * head_dim, n_embd]`, in an order that has the two values of a rotated pair side by side.
+    pub q: u64,
+    /// Tiles of `[n_head_kv * head_dim, n_embd]`, likewise.
+    pub k: u64,
+    /// Tiles of `[n_head_kv * head_dim, n_embd]`.
+    pub v: u64,
+    /// Tiles of `[n_embd, n_head * head_dim]`.
+    pub attn_output: u64,
+    /// Tiles of `[2 * n_ff, n_embd]`, in [`Order::Halves`](crate::rows::Order::Halves).
+    pub gate_up: u64,
+    /// Tiles of `[n_embd, n_ff]`.
+    pub down: u64,
+    /// Keys, f16: `[n_head_kv, n_ctx, head_dim]`.
+    pub k_cache: u64,
+    /// Values, likewise.
+    pub v_cache: u64,
+}
+
+/// Words of a [`LayerRef`].
+pub(super) const LAYER_WORDS: u32 = size_of::<LayerRef>() as u32 / 4;
+/// Words that say where the rows of a quad belong.
+pub(super) const PLACE_WORDS: u32 = 12;
+
+/// What all layers have in common.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Layers, at least one.
+    pub n_layer: u32,
+    /// Values of the hidden state, a multiple of 32.
+    pub n_embd: u32,
+    /// Query heads, at most [`MAX_HEADS`].
+    pub n_head: u32,
+    /// Query heads that share a key-value head.
+    pub heads_per_kv: u32,
+    /// Values in a head, a multiple of 16, at most 256; of all heads a multiple of 32.
+    pub head_dim: u32,
+    /// Values between the halves of the feed-forward network, a multiple of 32.
+    pub n_ff: u32,
+    /// Positions in the cache.
+    pub n_ctx: u32,
+    /// Values of a head that are rotated, even.
+    pub n_rot: u32,
+    /// How far apart the values of a pair are: 1, or half of what is rotated.
+    pub pair_distance: u32,
+    /// `1 / n_embd`.
+    pub per_n_embd: f32,
+    /// What RMSNorm adds to the mean square.
+    pub eps: f32,
+    /// The factor of attention's scores.
+    pub scale: f32,
+}
+
+impl Shape {
+    /// Values of all query heads.
+    #[inline(always)]
+    pub fn n_q(&self) -> u32 {
+        self.n_head * self.head_dim
+    }
+
+    /// Values of all key-value heads.
+    #[inline(always)]
+    pub fn n_kv(&self) -> u32 {
+        self.n_head / self.heads_per_kv * self.head_dim
+    }
+}
+
+/// A product's part of shared memory, and its matrix's shape.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Product {
+    // Two and two, as they are used: the compiler would put them into local memory else.
+    /// Columns in units of 32.
+    pub(super) n_units: u32,
+    /// Words of a tile of 32 units,
+    pub(super) tile_words: u32,
+    /// and of a quad.
+    pub(super) quad_words: u32,
+    /// Quads of all blocks.
+    pub(super) n_quads: u32,
+    /// The word at which the factors of the norm before it lie, and how many there are: none where there is none.
+    pub(super) gamma: u32,
+    pub(super) n_gamma: u32,
+    /// The word at which the block's quads lie.
+    pub(super) quads: u32,
+    /// What counts their arrival.
+    pub(super) arrivals: u32,
+}
+
+impl Product {
+    /// With its part from word `at` on; gives the end of it as well.
+    #[inline(always)]
+    fn new<F: WeightFormat>(at: u32, n_cols: u32, n_rows: u32, is_normalised: bool) -> (Self, u32) {
+        let n_units = n_cols / UNIT as u32;
+        let geometry = Geometry {
+            n_units: n_units as usize,
+            tile_bytes: aligned_bytes::<F>(TILE_UNITS),
+            last_tile_bytes: aligned_bytes::<F>(n_units as usize % TILE_UNITS),
+        };
+        let (n_quads, quad_words) = (n_rows / TILE_ROWS as u32, geometry.quad_bytes() as u32 / 4);
+        let n_gamma = if is_normalised { n_cols } else { 0 };
+        let gamma = at + Arrivals::WORDS;
+        let quads = gamma + n_gamma;
+        let product = Self {
+            n_units,
+            n_quads,
+            quad_words,
+            tile_words: geometry.tile_bytes as u32 / 4,
+            gamma,
+            n_gamma,
+            quads,
+            arrivals: at,
+        };
+        (product, quads + n_quads.div_ceil(BLOCKS) * quad_words)
+    }
+
+    /// The first quad of block `rank`.
+    #[inline(always)]
+    pub(super) fn first_quad(&self, rank: u32) -> u32 {
+        self.n_quads * rank / BLOCKS
+    }
+
+    /// How many quads block `rank` has.
+    #[inline(always)]
+    pub(super) fn quads_of(&self, rank: u32) -> u32 {
+        self.first_quad(rank + 1) - self.first_quad(rank)
+    }
+}
+
+/// How a block's shared memory is used, in words.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    // What lies together comes first, at a multiple of eight bytes: the compiler would put it into local memory else.
+    /// Queries, keys and values; attention's output; gate and up; down.
+    pub(super) products: [Product; 4],
+    /// The hidden state before attention, and after it.
+    pub(super) x: [u32; 2],
+    /// What counts the arrival of [`Mail`] of each kind.
+    pub(super) qkv_mail: u32,
+    pub(super) heads_mail: u32,
+    pub(super) attended_mail: u32,
+    pub(super) hidden_mail: u32,
+    pub(super) layer_mail: u32,
+    /// The block's query, key and value.
+    pub(super) qkv: u32,
+    /// All heads.
+    pub(super) heads: u32,
+    /// `silu(gate) * up` in bfloat16.
+    pub(super) hidden: u32,
+    /// The vector of a product in Q8_1: integers, and of each unit what [`Q8_1Unit`] has besides.
+    pub(super) quants: u32,
+    pub(super) scales: u32,
+    /// Sums of the squares of a vector that is normalised, one for each unit; the factor of the norm; what counts that it is there.
+    pub(super) squares: u32,
+    pub(super) factor: u32,
+    pub(super) norm: u32,
+    /// Of each warp the largest score, the sum of weights, and the sum of values.
+    pub(super) warp_max: u32,
+    pub(super) warp_sum: u32,
+    pub(super) warp_values: u32,
+    /// Where the rows of the block's quads of queries, keys and values belong, and how they are rotated.
+    pub(super) places: u32,
+    /// The layers.
+    pub(super) layers: u32,
+    /// All of it.
+    pub(super) words: u32,
+}
+
+impl Layout {
+    /// For weights in format `F`.
+    #[inline(always)]
+    pub fn new<F: WeightFormat>(shape: &Shape) -> Self {
+        let Shape { n_embd, n_ff, head_dim, .. } = *shape;
+        let (n_q, n_kv) = (shape.n_q(), shape.n_kv());
+        let mut end = 0;
+        let mut take = |words: u32| {
+            let at = end;
+            end = (at + words).next_multiple_of(4);
+            at
+        };
+        let widest = n_embd.max(n_q).max(n_ff);
+        let [qkv_mail, heads_mail, attended_mail, hidden_mail, layer_mail] =
+            [(); 5].map(|()| take(Arrivals::WORDS));
+        let x = [take(n_embd), take(n_embd)];
+        let (qkv, heads, hidden) = (take(3 * head_dim), take(n_q), take(n_ff / 2));
+        let (quants, scales) = (take(widest / 4), take(2 * (widest / UNIT as u32)));
+        let (warp_max, warp_sum) = (take(WARPS), take(WARPS));
+        let (squares, factor, norm) = (take(n_embd / UNIT as u32), take(1), take(Arrivals::WORDS));
+        let warp_values = take(WARPS * Self::values_stride(shape));
+        let qkv_rows = n_q + 2 * n_kv;
+        let places = take((qkv_rows / TILE_ROWS as u32).div_ceil(BLOCKS) * PLACE_WORDS);
+        let layers = take(shape.n_layer * LAYER_WORDS);
+        let (qkv_product, at) = Product::new::<F>(end, n_embd, qkv_rows, true);
+        let (output, at) = Product::new::<F>(at, n_q, n_embd, false);
+        let (gate_up, at) = Product::new::<F>(at, n_embd, 2 * n_ff, true);
+        let (down, words) = Product::new::<F>(at, n_ff, n_embd, false);
+        Self {
+            qkv_mail,
+            heads_mail,
+            attended_mail,
+            hidden_mail,
+            layer_mail,
+            x,
+            qkv,
+            heads,
+            hidden,
+            quants,
+            scales,
+            squares,
+            factor,
+            norm,
+            warp_max,
+            warp_sum,
+            warp_values,
+            places,
+            layers,
+            products: [qkv_product, output, gate_up, down],
+            words,
+        }
+    }
+
+    /// Bytes of shared memory.
+    pub fn bytes(&self) -> u32 {
+        4 * self.words
+    }
+
+    /// Words from one warp's values to the next one's: lanes that read the same four of each should not meet in a bank.
+    #[inline(always)]
+    pub(super) fn values_stride(shape: &Shape) -> u32 {
+        shape.head_dim + 4
+    }
+}
