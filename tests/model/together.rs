@@ -49,6 +49,10 @@ fn run(device: &Device, shape: &'static Shape, n_tokens: u32) {
     let (weights, settings) = (model.weights(), model.settings());
     let cache = |_| KvCache::alloc(device, KvFormat::F16, shape.n_head_kv, N_CTX, shape.head_dim).unwrap();
     let mut caches: Vec<KvCache> = (0..shape.n_layer).map(cache).collect();
+    // What is at later positions is no matter.
+    for cache in &mut caches {
+        cache.fill_with_noise(device, 7).unwrap();
+    }
     let mut b = Buffers::alloc(device, model.config(), settings).unwrap();
     // SAFETY: model and caches live as long.
     let Some(mut layers) = (unsafe { together(device, weights, settings, &mut caches).unwrap() }) else {

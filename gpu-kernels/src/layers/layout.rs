@@ -101,12 +101,20 @@ pub struct Product {
     pub(super) quads: u32,
     /// What counts their arrival.
     pub(super) arrivals: u32,
+    /// Where its vector lies in Q8_1: integers, and of each unit a factor, and that times the sum of the integers.
+    pub(super) quants: u32,
+    pub(super) scales: u32,
 }
 
 impl Product {
-    /// With its part from word `at` on; gives the end of it as well.
+    /// With its part from word `at` on, and its vector's integers and factors where they are said to be; gives the end of its part as well.
     #[inline(always)]
-    fn new<F: WeightFormat>(at: u32, n_cols: u32, n_rows: u32, is_normalised: bool) -> (Self, u32) {
+    fn new<F: WeightFormat>(
+        at: u32,
+        [n_rows, n_cols]: [u32; 2],
+        is_normalised: bool,
+        [quants, scales]: [u32; 2],
+    ) -> (Self, u32) {
         let n_units = n_cols / UNIT as u32;
         let geometry = Geometry {
             n_units: n_units as usize,
@@ -126,6 +134,8 @@ impl Product {
             n_gamma,
             quads,
             arrivals: at,
+            quants,
+            scales,
         };
         (product, quads + n_quads.div_ceil(BLOCKS) * quad_words)
     }
@@ -164,9 +174,6 @@ pub struct Layout {
     pub(super) heads: u32,
     /// `silu(gate) * up` in bfloat16.
     pub(super) hidden: u32,
-    /// The vector of a product in Q8_1: integers, and of each unit what [`Q8_1Unit`] has besides.
-    pub(super) quants: u32,
-    pub(super) scales: u32,
     /// Sums of the squares of a vector that is normalised, one for each unit; the factor of the norm; what counts that it is there.
     pub(super) squares: u32,
     pub(super) factor: u32,
@@ -200,17 +207,18 @@ impl Layout {
             [(); 5].map(|()| take(Arrivals::WORDS));
         let x = [take(n_embd), take(n_embd)];
         let (qkv, heads, hidden) = (take(3 * head_dim), take(n_q), take(n_ff / 2));
-        let (quants, scales) = (take(widest / 4), take(2 * (widest / UNIT as u32)));
+        // Two, in turns: whoever makes the one after next ready has met all that read it.
+        let vectors = [(); 2].map(|()| [take(widest / 4), take(2 * (widest / UNIT as u32))]);
         let (warp_max, warp_sum) = (take(WARPS), take(WARPS));
         let (squares, factor, norm) = (take(n_embd / UNIT as u32), take(1), take(Arrivals::WORDS));
         let warp_values = take(WARPS * Self::values_stride(shape));
         let qkv_rows = n_q + 2 * n_kv;
         let places = take((qkv_rows / TILE_ROWS as u32).div_ceil(BLOCKS) * PLACE_WORDS);
         let layers = take(shape.n_layer * LAYER_WORDS);
-        let (qkv_product, at) = Product::new::<F>(end, n_embd, qkv_rows, true);
-        let (output, at) = Product::new::<F>(at, n_q, n_embd, false);
-        let (gate_up, at) = Product::new::<F>(at, n_embd, 2 * n_ff, true);
-        let (down, words) = Product::new::<F>(at, n_ff, n_embd, false);
+        let (qkv_product, at) = Product::new::<F>(end, [qkv_rows, n_embd], true, vectors[0]);
+        let (output, at) = Product::new::<F>(at, [n_embd, n_q], false, vectors[1]);
+        let (gate_up, at) = Product::new::<F>(at, [2 * n_ff, n_embd], true, vectors[0]);
+        let (down, words) = Product::new::<F>(at, [n_embd, n_ff], false, vectors[1]);
         Self {
             qkv_mail,
             heads_mail,
@@ -221,8 +229,6 @@ impl Layout {
             qkv,
             heads,
             hidden,
-            quants,
-            scales,
             squares,
             factor,
             norm,

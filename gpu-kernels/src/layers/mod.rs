@@ -139,8 +139,8 @@ unsafe fn run<F: WeightFormat, const LANES: u32>(a: Arguments) {
         }
         // SAFETY: the caller's promise.
         unsafe {
-            // What earlier steps have written does not wait for this layer's query.
-            let fetched = walk.fetch_first::<LANES>(layer, position);
+            // What earlier steps have written does not wait for this layer's query, where there are registers for it.
+            let fetched = if F::IN_PAIRS { Some(walk.fetch_first::<LANES>(layer, position)) } else { None };
             walk.multiply::<F, 32, 1, _>(
                 products[QKV],
                 |turn| walk.place(turn),
@@ -150,6 +150,7 @@ unsafe fn run<F: WeightFormat, const LANES: u32>(a: Arguments) {
                 },
             );
             if walk.has_head() {
+                let fetched = fetched.unwrap_or_else(|| walk.fetch_first::<LANES>(layer, position));
                 walk.afresh().attend::<LANES>(layer, position, fetched);
             }
         }

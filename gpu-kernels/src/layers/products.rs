@@ -1,7 +1,7 @@
 //! The products: their vectors in Q8_1, norms, and the quads.
 
 use super::WARPS;
-use super::layout::{Layout, Product};
+use super::layout::Product;
 use super::walk::Walk;
 use crate::activations::{Q8_1, Q8_1Unit};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
@@ -37,7 +37,7 @@ impl Walk {
                 let column = unit * UNIT as u32 + this.lane;
                 let value = this.floats().get((x + column) as usize);
                 let gamma = this.floats().get((product.gamma + column) as usize);
-                this.quantize([unit], [value * gamma]);
+                this.quantize(product, [unit], [value * gamma]);
                 let square = warp_reduce_add(FULL_MASK, value * value, WARP_SIZE);
                 if this.lane == 0 {
                     this.floats().set((squares + unit) as usize, square);
@@ -91,17 +91,17 @@ impl Walk {
                 // Units beyond the last one are the last one once more.
                 let units: [u32; AT_ONCE] =
                     core::array::from_fn(|i| (first + i as u32 * WARPS).min(product.n_units - 1));
-                this.quantize(units, units.map(|unit| value(unit * UNIT as u32 + this.lane)));
+                this.quantize(product, units, units.map(|unit| value(unit * UNIT as u32 + this.lane)));
                 first += AT_ONCE as u32 * WARPS;
             }
         }
         sync_threads();
     }
 
-    /// Leaves units of a vector in Q8_1, of which each lane of a warp has a value.
+    /// Leaves units of a product's vector in Q8_1, of which each lane of a warp has a value.
     #[inline(always)]
-    pub(super) fn quantize<const N: usize>(self, units: [u32; N], values: [f32; N]) {
-        let Layout { quants, scales, .. } = self.a.layout;
+    fn quantize<const N: usize>(self, product: Product, units: [u32; N], values: [f32; N]) {
+        let Product { quants, scales, .. } = product;
         let amax = values.map(|value| f32::from_bits(warp_max_u32(abs(value).to_bits())));
         let mut bytes = [0; N];
         let mut i = 0;
@@ -125,10 +125,10 @@ impl Walk {
         }
     }
 
-    /// A unit of the vector that was made ready.
+    /// A unit of a product's vector, which was made ready.
     #[inline(always)]
-    pub(super) fn unit(self, unit: u32) -> Q8_1Unit {
-        let Layout { quants, scales, .. } = self.a.layout;
+    fn unit(self, product: Product, unit: u32) -> Q8_1Unit {
+        let Product { quants, scales, .. } = product;
         let at = (quants + unit * UNIT_WORDS as u32) as usize;
         let ([a, b, c, d], [e, f, g, h]) = (self.memory.get4(at), self.memory.get4(at + 4));
         let both = self.memory.view::<u64>().get((scales / 2 + unit) as usize);
@@ -178,7 +178,7 @@ impl Walk {
                     let n_units = (product.n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
                     let start = (start + tile * product.tile_words) as usize;
                     let source = SharedTile { memory: this.memory, start };
-                    let (in_tile, mut x) = ((unit % TILE_UNITS as u32) as usize, this.unit(unit));
+                    let (in_tile, mut x) = ((unit % TILE_UNITS as u32) as usize, this.unit(product, unit));
                     if !is_there {
                         (x.d, x.d_sum) = (0.0, 0.0);
                     }
