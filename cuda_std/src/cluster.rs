@@ -1,10 +1,8 @@
 //! Clusters: neighbouring blocks that run at the same time and write to each other's shared memory.
 //!
-//! A launch says how many blocks make one ([`LaunchConfig::cluster`]); GPUs have them from compute capability 9.0 on. What one
+//! A launch says how many blocks make one (`LaunchConfig::cluster`); GPUs have them from compute capability 9.0 on. What one
 //! block makes and others need goes straight into their shared memory, and an [`Arrivals`] there says when all of it has come:
 //! one way, where a meeting of the cluster ([`sync_cluster`]) is there and back (docs/performance.md, version 10).
-//!
-//! [`LaunchConfig::cluster`]: https://docs.nvidia.com/cuda/parallel-thread-execution/#cluster-of-cooperative-thread-arrays
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::emulator::with_thread;

@@ -2,7 +2,7 @@
 //!
 //! Between two kernels lies most of a microsecond, which a small model's products do not take themselves. Here one cluster of
 //! blocks goes through all layers: a block has its share of each matrix, what it makes of a vector it sends into every
-//! other block's shared memory ([`Arrivals`]), and once a product is over its share of the next layer's is asked for. So weights
+//! other block's shared memory ([`cuda_std::cluster::Arrivals`]), and once a product is over its share of the next layer's is asked for. So weights
 //! arrive three operations ahead, and nothing but positions in the KV cache is read from device memory in between. That takes
 //! a model of which a sixteenth of a layer fits shared memory ([`Layout`]); others go kernel by kernel ([`crate::gemv`]).
 //!
