@@ -45,7 +45,7 @@ pub struct Shape {
     pub n_layer: u32,
     /// Values of the hidden state, a multiple of 32.
     pub n_embd: u32,
-    /// Query heads, at most [`MAX_HEADS`].
+    /// Query heads, at most [`MAX_HEADS`](super::MAX_HEADS).
     pub n_head: u32,
     /// Query heads that share a key-value head.
     pub heads_per_kv: u32,
@@ -55,7 +55,7 @@ pub struct Shape {
     pub n_ff: u32,
     /// Positions in the cache.
     pub n_ctx: u32,
-    /// Values of a head that are rotated, even.
+    /// Values of a head that are rotated, a multiple of 4.
     pub n_rot: u32,
     /// How far apart the values of a pair are: 1, or half of what is rotated.
     pub pair_distance: u32,
@@ -162,7 +162,7 @@ pub struct Layout {
     pub(super) products: [Product; 4],
     /// The hidden state before attention, and after it.
     pub(super) x: [u32; 2],
-    /// What counts the arrival of [`Mail`] of each kind.
+    /// What counts the arrival of each kind of mail (`walk.rs`).
     pub(super) qkv_mail: u32,
     pub(super) heads_mail: u32,
     pub(super) attended_mail: u32,

@@ -153,16 +153,19 @@ impl Buffers {
         let n_q = config.n_head * config.head_dim;
         let (n_ff, widest) = (stride(config.n_ff), config.n_embd.max(n_q).max(config.n_ff));
         let is_exact = settings.activations == Activations::F32;
+        // Queries and heads are done with when the feed-forward network begins: they lie where its hidden values will.
+        let (all_q, all_hidden) = (n_tokens * n_q, n_tokens * n_ff);
+        let in_layer: Buffer<f32> = device.alloc(all_hidden.max(2 * all_q))?;
         Ok(Self {
             steps: device.alloc(n_tokens)?,
             rotation: device.alloc(n_tokens * config.rope.n_rot / 2)?,
             x: device.alloc(n_tokens * stride(config.n_embd))?,
             x_operand: Operand::alloc(device, config.n_embd, is_exact)?,
-            q: device.alloc(n_tokens * n_q)?,
-            heads: device.alloc(n_tokens * n_q)?,
+            q: in_layer.part(0..all_q),
+            heads: in_layer.part(all_q..2 * all_q),
             heads_operand: Operand::alloc(device, 0, is_exact)?,
             ffn: FfnBuffers {
-                hidden: device.alloc(n_tokens * n_ff)?,
+                hidden: in_layer.part(0..all_hidden),
                 gate_up: device.alloc(if gate_up { n_tokens * n_ff } else { 0 })?,
                 hidden_q8: Q8_1Vector::alloc(device, 0)?,
                 operand: Operand::alloc(device, 0, is_exact)?,
