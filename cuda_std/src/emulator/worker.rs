@@ -77,32 +77,36 @@ impl Worker {
 
     /// Lets each warp run as far as it can, again and again, until no thread is left or something has failed.
     fn run_rounds(&mut self, grid: &Grid) -> io::Result<()> {
-        let blocks = self.blocks.clone();
-        let spins = || blocks.iter().map(|block| block.spins.get()).sum::<u64>();
-        while let Some(running) = blocks.iter().find(|block| block.running.get() > 0) {
-            let spins_before = spins();
+        while let Some(running) = self.blocks.iter().position(|block| block.running.get() > 0) {
+            let spins_before = self.spins();
             let mut resumes = 0;
-            for block in &blocks {
+            for rank in 0..self.blocks.len() {
+                let block = Rc::clone(&self.blocks[rank]);
                 for warp in 0..block.warps().len() {
-                    resumes += self.run_warp(block, warp)?;
+                    resumes += self.run_warp(&block, warp)?;
                     if block.has_failed() {
                         return Ok(());
                     }
                 }
             }
             if resumes == 0 {
-                running.fail_stuck();
+                self.blocks[running].fail_stuck();
                 return Ok(());
             }
             if grid.has_failed() {
                 return Ok(());
             }
-            if spins() - spins_before == resumes {
+            if self.spins() - spins_before == resumes {
                 // All that happened is that threads looked for something, which another block may be working at.
                 std::thread::yield_now();
             }
         }
         Ok(())
+    }
+
+    /// How often threads have spun.
+    fn spins(&self) -> u64 {
+        self.blocks.iter().map(|block| block.spins.get()).sum()
     }
 
     /// Runs the warp's threads until all wait or have returned; gives the number of times that one was resumed.
@@ -145,7 +149,8 @@ impl Worker {
 
     /// Unwinds all threads that have started and not returned.
     fn cancel(&mut self) {
-        for block in self.blocks.clone() {
+        for rank in 0..self.blocks.len() {
+            let block = Rc::clone(&self.blocks[rank]);
             if block.running.get() == 0 {
                 continue;
             }
