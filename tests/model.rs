@@ -178,19 +178,24 @@ fn every_operation_on_q8_1_is_near_f64() {
     }
 }
 
+/// What a session makes of [`PROMPT`], token by token.
+fn check_logits(device: &Device, made_up: &MadeUp) {
+    let model = load(device, made_up, Activations::Q8_1);
+    let mut session = model.session().unwrap();
+    let mut reference = Reference::new(made_up);
+    for token in PROMPT {
+        session.feed(&[token]).unwrap();
+        let expected = reference.token(token, &mut unwatched);
+        let error = nmse(&logits(&mut session), &expected);
+        assert!(error < Q8_1_RUN, "{} on {}: NMSE {error:e}", made_up.shape.what, device.describe());
+    }
+}
+
 #[test]
 fn logits_on_q8_1_are_near_f64() {
     for made_up in SHAPES.map(MadeUp::new) {
         for device in devices() {
-            let model = load(device, &made_up, Activations::Q8_1);
-            let mut session = model.session().unwrap();
-            let mut reference = Reference::new(&made_up);
-            for token in PROMPT {
-                session.feed(&[token]).unwrap();
-                let expected = reference.token(token, &mut unwatched);
-                let error = nmse(&logits(&mut session), &expected);
-                assert!(error < Q8_1_RUN, "{}: NMSE {error:e}", made_up.shape.what);
-            }
+            check_logits(device, &made_up);
         }
     }
 }

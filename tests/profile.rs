@@ -43,6 +43,11 @@ fn costs_match_counts_by_hand() {
     // A row; 64 values, 16 frequencies of 8 bytes, 16 angles of 8 bytes.
     check(fused(Op::Embed), 256, 256 + 128 + 128, 0);
     check(fused(Op::Choice), 0, 64, 0);
+    // All layers are what their operations are.
+    let n_layer = load(&device, &gguf, Activations::Q8_1, Fusion::Fused).config().n_layer as u64;
+    let of_layer = [Op::QRope, Op::Attention, Op::AttnOutput, Op::FfnSwiglu, Op::FfnOutput];
+    let sum: Cost = of_layer.map(&fused).into_iter().sum();
+    check(fused(Op::Layers), n_layer * sum.weight_bytes, n_layer * sum.other_bytes, n_layer * sum.flops);
 
     // Q8_1: a byte each and 8 more for 32 of them.
     check(unfused(Op::AttnNormQ8), 0, 256 + 64 + 16, 0);

@@ -7,7 +7,7 @@
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::emulator::with_thread;
 #[cfg(target_arch = "nvptx64")]
-use crate::pipeline::barrier;
+use crate::pipeline::{barrier, bulk};
 use crate::shared::DynamicShared;
 
 /// The block's number in its cluster.
@@ -85,14 +85,7 @@ impl Arrivals {
     #[inline(always)]
     pub fn expect(self, bytes: u32) {
         // SAFETY: the barrier is the block's.
-        unsafe {
-            core::arch::asm!(
-                "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {bytes};",
-                barrier = in(reg32) self.barrier(),
-                bytes = in(reg32) bytes,
-                options(nostack, preserves_flags),
-            );
-        }
+        unsafe { bulk::expect(self.barrier(), bytes) };
     }
 
     /// Waits until all bytes of round `round`, counted from 0, are there; it is the one that was expected last, or the one before.
@@ -111,19 +104,7 @@ impl Arrivals {
     #[inline(always)]
     pub unsafe fn fetch(self, to: u32, from: *const u8, bytes: u32) {
         // SAFETY: the caller's promise; the barrier is the block's.
-        unsafe {
-            core::arch::asm!(
-                "{{ .reg .b64 policy;",
-                "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;",
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint \
-                    [{to}], [{from}], {bytes}, [{barrier}], policy; }}",
-                barrier = in(reg32) self.barrier(),
-                to = in(reg32) self.memory.address_of(to as usize),
-                from = in(reg64) from,
-                bytes = in(reg32) bytes,
-                options(nostack, preserves_flags),
-            );
-        }
+        unsafe { bulk::copy_once(self.memory.address_of(to as usize), from, bytes, self.barrier()) };
     }
 
     #[inline(always)]
@@ -166,6 +147,7 @@ macro_rules! sends {
             /// # Safety
             /// The cluster has the block, and nobody reads or writes the words until the round is complete.
             pub unsafe fn $name(self, block: u32, to: u32, values: [f32; $n]) {
+                assert!(to.is_multiple_of($n), "misaligned: {} values sent to word {to}", $n);
                 let there = self.of_block(block);
                 for (i, value) in values.into_iter().enumerate() {
                     there.memory.set(to as usize + i, value.to_bits());

@@ -163,6 +163,20 @@ pub fn floor(x: f32) -> f32 {
     }
 }
 
+/// An integer that is larger for a larger number: the bits of negative ones, or else the sign, inverted (Herf, 2001). That of a
+/// NaN is beyond those of both infinities, on the side of its sign.
+#[inline(always)]
+pub fn order_key(x: f32) -> u32 {
+    let bits = x.to_bits();
+    bits ^ ((bits as i32 >> 31) as u32 | 1 << 31)
+}
+
+/// The number with this [`order_key`].
+#[inline(always)]
+pub fn from_order_key(key: u32) -> f32 {
+    f32::from_bits(if key >> 31 == 1 { key ^ 1 << 31 } else { !key })
+}
+
 /// `e^x`; 0 below about -104, infinity above about 88.7.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
@@ -324,6 +338,18 @@ mod tests {
         for x in [0.0f32, 0.5, 1.5, -0.5, -1.5, 126.5, -127.0, 63.49, -63.51, 2_097_151.0, -2_097_152.0] {
             let bits = low_bits_of_integer(x) << 10;
             assert_eq!(bits as i32 >> 10, x.round_ties_even() as i32, "{x}");
+        }
+    }
+
+    #[test]
+    fn keys_are_in_the_order_of_numbers() {
+        let numbers =
+            [f32::NEG_INFINITY, -1e30, -1.5, -1e-40, -0.0, 0.0, 1e-40, 1.0, 1.5, f32::MAX, f32::INFINITY];
+        for pair in numbers.windows(2) {
+            assert!(order_key(pair[0]) < order_key(pair[1]), "{pair:?}");
+        }
+        for x in numbers.into_iter().chain([f32::NAN, -f32::NAN]) {
+            assert_eq!(from_order_key(order_key(x)).to_bits(), x.to_bits());
         }
     }
 

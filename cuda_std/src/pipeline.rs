@@ -3,6 +3,8 @@
 #[cfg(target_arch = "nvptx64")]
 pub(crate) mod barrier;
 mod block;
+#[cfg(cuda_sm_90)]
+pub(crate) mod bulk;
 mod paced;
 mod thread;
 

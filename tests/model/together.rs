@@ -1,8 +1,8 @@
 //! All layers in one launch against f64.
 
 use super::made_up::{K_QUANTS, LLAMA, MIXED, MadeUp, QWEN2, Shape};
-use super::reference::{Reference, unwatched};
-use super::{PROMPT, Q8_1_RUN, load, logits, widened};
+use super::reference::Reference;
+use super::{Q8_1_RUN, check_logits, load, widened};
 use crate::kernels::{assert_close, devices, nmse};
 use gpu_kernels::formats::Format;
 use gpu_kernels::step::Step;
@@ -120,16 +120,7 @@ fn all_layers_in_one_launch_are_near_f64() {
 #[test]
 fn sessions_are_near_f64_whichever_way_they_go() {
     for device in devices() {
-        let made_up = MadeUp::new(&SMALL);
-        let model = load(device, &made_up, Activations::Q8_1);
-        let mut session = model.session().unwrap();
-        let mut reference = Reference::new(&made_up);
-        for token in PROMPT {
-            session.feed(&[token]).unwrap();
-            let expected = reference.token(token, &mut unwatched);
-            let error = nmse(&logits(&mut session), &expected);
-            assert!(error < Q8_1_RUN, "{}: NMSE {error:e}", device.describe());
-        }
+        check_logits(device, &MadeUp::new(&SMALL));
     }
 }
 

@@ -2,6 +2,8 @@
 
 #[cfg(target_arch = "nvptx64")]
 use super::barrier;
+#[cfg(cuda_sm_90)]
+use super::bulk;
 use crate::shared::DynamicShared;
 use crate::thread::{block_dim_x, sync_threads, thread_idx_x};
 use crate::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp};
@@ -182,22 +184,10 @@ impl BlockCopies {
                 }
                 // SAFETY: the barrier is the ring's; the caller vouches for the pieces.
                 unsafe {
-                    core::arch::asm!(
-                        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {bytes};",
-                        barrier = in(reg32) barrier,
-                        bytes = in(reg32) pieces.iter().fold(0, |bytes, piece| bytes + piece.bytes),
-                        options(nostack, preserves_flags),
-                    );
+                    bulk::expect(barrier, pieces.iter().fold(0, |bytes, piece| bytes + piece.bytes));
                     for piece in pieces {
-                        core::arch::asm!(
-                            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes \
-                                [{to}], [{from}], {bytes}, [{barrier}];",
-                            barrier = in(reg32) barrier,
-                            to = in(reg32) self.memory.address_of((place + piece.to) as usize),
-                            from = in(reg64) piece.from,
-                            bytes = in(reg32) piece.bytes,
-                            options(nostack, preserves_flags),
-                        );
+                        let to = self.memory.address_of((place + piece.to) as usize);
+                        bulk::copy(to, piece.from, piece.bytes, barrier);
                     }
                 }
             }

@@ -2,6 +2,8 @@
 
 #[cfg(target_arch = "nvptx64")]
 use super::barrier;
+#[cfg(cuda_sm_90)]
+use super::bulk;
 use crate::shared::DynamicShared;
 use crate::thread::{sync_threads, thread_idx_x};
 use crate::warp::lane_id;
@@ -167,18 +169,8 @@ impl PacedCopy {
                 if lane_id() == 0 {
                     // SAFETY: the barrier is the block's; the caller vouches for the source.
                     unsafe {
-                        core::arch::asm!(
-                            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {bytes};",
-                            "{{ .reg .b64 policy;",
-                            "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;",
-                            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint \
-                                [{to}], [{from}], {bytes}, [{barrier}], policy; }}",
-                            barrier = in(reg32) barrier,
-                            to = in(reg32) self.memory.address_of(to as usize),
-                            from = in(reg64) from,
-                            bytes = in(reg32) bytes,
-                            options(nostack, preserves_flags),
-                        );
+                        bulk::expect(barrier, bytes);
+                        bulk::copy_once(self.memory.address_of(to as usize), from, bytes, barrier);
                     }
                 }
             }

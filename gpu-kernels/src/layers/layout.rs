@@ -39,7 +39,7 @@ pub(super) const PLACE_WORDS: u32 = 12;
 
 /// What all layers have in common.
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Shape {
     /// Layers, at least one.
     pub n_layer: u32,

@@ -144,7 +144,7 @@ impl Walk {
     /// # Safety
     /// They are the product's; its part of shared memory is not read any more.
     #[inline(always)]
-    pub(super) unsafe fn fetch_gamma(self, product: Product, gamma: *const u8) {
+    unsafe fn fetch_gamma(self, product: Product, gamma: *const u8) {
         // SAFETY: the caller's promise.
         unsafe { self.weights(product).fetch(product.gamma, gamma, 4 * product.n_gamma) };
     }
@@ -154,7 +154,7 @@ impl Walk {
     /// # Safety
     /// As [`fetch_gamma`](Self::fetch_gamma).
     #[inline(always)]
-    pub(super) unsafe fn fetch_quads(self, product: Product, tiles: *const u8, start: u32, n: u32) {
+    unsafe fn fetch_quads(self, product: Product, tiles: *const u8, start: u32, n: u32) {
         let first = product.first_quad(self.rank);
         let (from, to) = (first.max(start), (first + product.quads_of(self.rank)).min(start + n));
         if from < to {

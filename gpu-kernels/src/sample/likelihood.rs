@@ -1,26 +1,23 @@
 //! Tokens by likelihood: their order, their weights, and what is wanted of a sum of weights.
 
-use cuda_std::float::exp2;
+use cuda_std::float::{exp2, from_order_key, order_key};
 
 /// The lowest rank of a token that can be chosen: the one that follows all of -inf's.
 pub(super) const USABLE: u64 = (!f32::NEG_INFINITY.to_bits() as u64 + 1) << 32;
 
 /// A token's place in the order of likelihood: higher for a larger logit, among equals for a lower id. Below
 /// [`USABLE`] for NaN and -inf.
-///
-/// Floats are ordered as integers are once the bits of negative ones, or else the sign, are inverted (Herf, 2001).
 #[inline(always)]
 pub(super) fn rank(id: u32, logit: f32) -> u64 {
-    let bits = (logit + 0.0).to_bits(); // -0 becomes 0
-    let key = if logit > f32::NEG_INFINITY { bits ^ ((bits as i32 >> 31) as u32 | 1 << 31) } else { 0 };
+    // -0 becomes 0.
+    let key = if logit > f32::NEG_INFINITY { order_key(logit + 0.0) } else { 0 };
     u64::from(key) << 32 | u64::from(!id)
 }
 
 /// The logit of a token of this rank.
 #[inline(always)]
 pub(super) fn logit_of(rank: u64) -> f32 {
-    let key = (rank >> 32) as u32;
-    f32::from_bits(if key >> 31 == 1 { key ^ 1 << 31 } else { !key })
+    from_order_key((rank >> 32) as u32)
 }
 
 /// The token of this rank.

@@ -82,9 +82,8 @@ impl Layers {
             };
             let [q, k, v] = weights.qkv.matrices;
             let matrices = [q, k, v, weights.attn_output, weights.gate_up, weights.down];
-            let (shape, format) = *model.get_or_insert((shape, q.format()));
-            let is_alike = matrices.iter().all(|matrix| matrix.format() == format)
-                && (shape.n_embd, shape.n_ff, shape.head_dim) == (dim(n_embd)?, dim(n_ff)?, dim(head_dim)?);
+            let (first, format) = *model.get_or_insert((shape, q.format()));
+            let is_alike = first == shape && matrices.iter().all(|matrix| matrix.format() == format);
             let n_q = n_head * head_dim;
             let is_whole = [n_embd, n_q, n_ff].iter().all(|n| n.is_multiple_of(UNIT));
             let has_biases = weights.qkv.biases.iter().any(Option::is_some);
