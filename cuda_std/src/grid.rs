@@ -54,6 +54,32 @@ pub fn settled<T: Settle>(value: T) -> T {
     value.settle()
 }
 
+/// The value, which is worked out no sooner than `token`: what follows from it is not kept in registers from one round of a loop
+/// to the next where the token is each round's own.
+#[inline(always)]
+pub fn no_sooner(value: u32, token: u32) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let same;
+            // SAFETY: a move. It depends on its operands alone.
+            unsafe {
+                core::arch::asm!(
+                    "mov.u32 {same}, {value}; // {token}",
+                    same = out(reg32) same,
+                    value = in(reg32) value,
+                    token = in(reg32) token,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            same
+        }
+        _ => {
+            let _ = token;
+            value
+        }
+    }
+}
+
 /// What can be [`settled`].
 pub trait Settle: Copy {
     /// Settles it.

@@ -7,6 +7,9 @@
 //!
 //! Indices are checked in debug builds, and always on the emulator.
 
+use crate::grid::Settle;
+#[cfg(target_arch = "nvptx64")]
+use crate::grid::settled;
 use core::marker::PhantomData;
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -343,6 +346,16 @@ impl<T> Clone for DynamicShared<T> {
 }
 
 impl<T> Copy for DynamicShared<T> {}
+
+impl<T> Settle for DynamicShared<T> {
+    #[inline(always)]
+    fn settle(self) -> Self {
+        cfg_select! {
+            target_arch = "nvptx64" => Self { address: settled(self.address), ..self },
+            _ => self,
+        }
+    }
+}
 
 impl<T: SharedValue> DynamicShared<T> {
     /// The launch's dynamic shared memory as an array.

@@ -1,6 +1,8 @@
 //! Q4_1: 32 nibbles, a scale and a minimum; `w = d * q + m` (llama.cpp, ggml-common.h).
 
-use super::{Format, NibbleUnit, Place, WeightFormat, read_u32, tile::TileSource, word_of_row};
+use super::{
+    Format, InPlanes, LaneInTile, NibbleUnit, Place, WeightFormat, read_u32, tile::TileSource, word_of_row,
+};
 use cuda_std::float::f16_to_f32;
 
 /// 4-bit weights, one scale and minimum per 32.
@@ -39,10 +41,29 @@ impl WeightFormat for Q4_1 {
         let nibbles = tile.u32x4(place.by_unit_swizzled() * 16);
         // Of all rows, which are read one after the other.
         let scale_and_min = word_of_row(tile.u32x4((4 * place.n_units + place.unit) * 16), place.row);
-        NibbleUnit {
-            nibbles,
-            scale: f16_to_f32(scale_and_min as u16),
-            min: -f16_to_f32((scale_and_min >> 16) as u16),
-        }
+        unit(nibbles, scale_and_min)
+    }
+}
+
+impl InPlanes for Q4_1 {
+    type Fetched = ([u32; 4], u32);
+
+    #[inline(always)]
+    fn fetch(lane: LaneInTile, first: u32) -> Self::Fetched {
+        (lane.u32x4(0, first), lane.u32(1, first))
+    }
+
+    #[inline(always)]
+    fn unit((nibbles, scale_and_min): Self::Fetched) -> NibbleUnit {
+        unit(nibbles, scale_and_min)
+    }
+}
+
+#[inline(always)]
+fn unit(nibbles: [u32; 4], scale_and_min: u32) -> NibbleUnit {
+    NibbleUnit {
+        nibbles,
+        scale: f16_to_f32(scale_and_min as u16),
+        min: -f16_to_f32((scale_and_min >> 16) as u16),
     }
 }

@@ -1,6 +1,9 @@
 //! Q8_0: 32 signed bytes and one scale; `w = d * q` (llama.cpp, ggml-common.h).
 
-use super::{Format, IntegerUnit, Place, WeightFormat, half_of_row, read_u16, read_u32, tile::TileSource};
+use super::{
+    Format, InPlanes, IntegerUnit, LaneInTile, Place, WeightFormat, half_of_row, read_u16, read_u32,
+    tile::TileSource,
+};
 use cuda_std::float::f16_to_f32;
 
 /// 8-bit weights, one scale per 32.
@@ -41,9 +44,28 @@ impl WeightFormat for Q8_0 {
         // Of all rows, which are read one after the other.
         let scale = half_of_row(tile.u32x2(2 * plane * 16 + place.unit * 8), place.row);
         let (low, high) = (tile.u32x4(first * 16), tile.u32x4((plane + first) * 16));
-        IntegerUnit {
-            quants: core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32),
-            scales: [f16_to_f32(scale)],
-        }
+        unit([low, high], scale)
+    }
+}
+
+impl InPlanes for Q8_0 {
+    type Fetched = ([[u32; 4]; 2], u16);
+
+    #[inline(always)]
+    fn fetch(lane: LaneInTile, first: u32) -> Self::Fetched {
+        ([lane.u32x4(0, first), lane.u32x4(1, first)], lane.u16(2, first))
+    }
+
+    #[inline(always)]
+    fn unit((quants, scale): Self::Fetched) -> IntegerUnit<0, 1> {
+        unit(quants, scale)
+    }
+}
+
+#[inline(always)]
+fn unit([low, high]: [[u32; 4]; 2], scale: u16) -> IntegerUnit<0, 1> {
+    IntegerUnit {
+        quants: core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32),
+        scales: [f16_to_f32(scale)],
     }
 }
