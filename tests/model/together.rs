@@ -15,7 +15,7 @@ const SMALL: Shape = Shape { what: "llama in Q4_1", n_ff: 1184, format: |_, _| F
 
 /// More than a tile of columns, more quads than warps, several rounds of positions, pairs half a head apart, and two heads to a key-value head.
 const WIDE: Shape = Shape {
-    what: "qwen2 in Q8_0",
+    what: "qwen2 in Q4_1",
     n_layer: 1,
     n_embd: 1056,
     n_ff: 96,
@@ -24,19 +24,20 @@ const WIDE: Shape = Shape {
     head_dim: 96,
     n_rot: 64,
     biases: false,
-    format: |_, _| Format::Q8_0,
+    format: |_, _| Format::Q4_1,
     ..QWEN2
 };
 
-/// Heads of as many values as there may be, which are not all rotated.
+/// Heads of as many values as there may be, which are not all rotated, and more than a tile of hidden values.
 const LONG_HEADS: Shape = Shape {
-    what: "llama with long heads in Q4_1",
+    what: "llama with long heads in Q8_0",
     n_layer: 1,
+    n_ff: 1184,
     n_head: 2,
     n_head_kv: 2,
     head_dim: 256,
     n_rot: 64,
-    format: |_, _| Format::Q4_1,
+    format: |_, _| Format::Q8_0,
     ..LLAMA
 };
 

@@ -10,6 +10,7 @@ use crate::kv_cache::{HalfKv, KvCodec, KvRef};
 use core::f32::consts::LOG2_E;
 use core::mem::offset_of;
 use cuda_std::float::{exp2, from_order_key, max, mul_add, order_key, rcp};
+use cuda_std::grid::settled;
 use cuda_std::thread::{sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_max_u32, warp_reduce_add_n, warp_shuffle_xor_n};
 
@@ -26,17 +27,22 @@ struct Seat {
 }
 
 /// Eight dimensions of a key and of a value.
-pub(super) type KeyAndValue = [<HalfKv as KvCodec>::Raw; 2];
+type KeyAndValue = [<HalfKv as KvCodec>::Raw; 2];
+
+/// What a lane has of the first position that it takes, and where its part of position 0 is in the cache.
+#[derive(Clone, Copy)]
+pub(super) struct First {
+    fetched: KeyAndValue,
+    in_cache: u32,
+}
 
 impl Walk {
     /// Where in attention this lane stands, of `LANES` that share a position.
     #[inline(always)]
-    fn seat<const LANES: u32>(self) -> Seat {
-        let Shape { head_dim, n_ctx, heads_per_kv, .. } = self.a.shape;
+    fn seat<const LANES: u32>(self, in_cache: u32) -> Seat {
         let first_dim = self.lane % LANES * OCTET as u32;
-        let at_head = self.rank / heads_per_kv * n_ctx * head_dim;
-        let has_dims = self.has_head() && first_dim < head_dim;
-        Seat { group: self.lane / LANES, first_dim, has_dims, in_cache: at_head + first_dim }
+        let has_dims = self.has_head() && first_dim < self.a.shape.head_dim;
+        Seat { group: self.lane / LANES, first_dim, has_dims, in_cache }
     }
 
     /// Asks for this lane's part of the key and value of position `of`, if an earlier step has written them.
@@ -64,27 +70,31 @@ impl Walk {
     /// # Safety
     /// As [`fetch_position`](Self::fetch_position).
     #[inline(always)]
-    pub(super) unsafe fn fetch_first<const LANES: u32>(self, layer: u32, position: u32) -> KeyAndValue {
-        let this = self.afresh();
-        let seat = this.seat::<LANES>();
+    pub(super) unsafe fn fetch_first<const LANES: u32>(self, layer: u32, position: u32) -> First {
+        let Shape { head_dim, n_ctx, heads_per_kv, .. } = self.a.shape;
+        let at_head = self.rank / heads_per_kv * n_ctx * head_dim;
+        let in_cache = settled(at_head + self.lane % LANES * OCTET as u32);
+        let seat = self.seat::<LANES>(in_cache);
+        let of = self.warp * (WARP_SIZE / LANES) + seat.group;
         // SAFETY: the caller's promise.
-        unsafe { this.fetch_position(seat, layer, this.warp * (WARP_SIZE / LANES) + seat.group, position) }
+        First { fetched: unsafe { self.fetch_position(seat, layer, of, position) }, in_cache }
     }
 
     /// Attention of the block's query head over positions 0 to `position`, of which the last has come as mail; sends the result to all
-    /// blocks. `fetched` is of the first position. All threads of the block make this call.
+    /// blocks. `at_hand` is of the first position. All threads of the block make this call.
     ///
-    /// Softmax is online (Milakov and Gimelshein, 2018), with a largest score for each warp.
+    /// Softmax is online (Milakov and Gimelshein, 2018), with a largest score for each group of lanes that takes a position at a time.
     ///
     /// # Safety
     /// The arguments are as their fields say; the cache is written at the positions before.
     #[inline(always)]
-    pub(super) unsafe fn attend<const LANES: u32>(self, layer: u32, position: u32, fetched: KeyAndValue) {
+    pub(super) unsafe fn attend<const LANES: u32>(self, layer: u32, position: u32, at_hand: First) {
         let Shape { head_dim, scale, .. } = self.a.shape;
-        let Layout { qkv, heads, warp_max, warp_sum, warp_values, .. } = self.a.layout;
+        let Layout { qkv, heads, group_weights, group_values, .. } = self.a.layout;
         let floats = self.floats();
         let stride = Layout::values_stride(&self.a.shape);
-        let seat = self.seat::<LANES>();
+        let seat = self.seat::<LANES>(at_hand.in_cache);
+        let n_quads = settled(head_dim / 4);
         let per_warp = WARP_SIZE / LANES;
         let eight = |at: u32| -> [f32; OCTET] {
             // Lanes beyond the head read the first dimensions, and meet a query of zeros.
@@ -99,7 +109,7 @@ impl Walk {
             let q = eight(qkv).map(|value| value * factor);
             let (mut largest, mut sum, mut value) = (LOWEST, 0.0f32, [0.0f32; OCTET]);
             let mut first = self.warp * per_warp;
-            let [mut keys, mut values] = fetched;
+            let [mut keys, mut values] = at_hand.fetched;
             while first <= position {
                 let own = first + seat.group;
                 let (key, of_value) = if own == position {
@@ -119,7 +129,7 @@ impl Walk {
                 }
                 let [score] = warp_reduce_add_n(FULL_MASK, [score[0] + score[1]], LANES);
                 let score = if own <= position { score } else { f32::NEG_INFINITY };
-                let new = max(largest, largest_of_warp(score));
+                let new = max(largest, score);
                 let (correction, weight) = (exp2(largest - new), exp2(score - new));
                 largest = new;
                 sum = mul_add(sum, correction, weight);
@@ -127,81 +137,50 @@ impl Walk {
                     value[d] = mul_add(weight, of_value[d], value[d] * correction);
                 }
             }
-            // The groups of a warp: of two that are added, each goes on with half of the dimensions.
-            let mut dims = value;
-            let mut first_dim = seat.first_dim;
-            let mut n = OCTET;
-            let mut distance = WARP_SIZE / 2;
-            while distance >= LANES {
-                n /= 2;
-                let is_upper = self.lane & distance != 0;
-                let mut given = [0.0; OCTET / 2];
-                let mut i = 0;
-                while i < n {
-                    (dims[i], given[i]) =
-                        if is_upper { (dims[n + i], dims[i]) } else { (dims[i], dims[n + i]) };
-                    i += 1;
-                }
-                let [a, b, c, d] = given;
-                let ([a, b, c, d], other) = match n {
-                    4 => {
-                        let [a, b, c, d, other] = warp_shuffle_xor_n(FULL_MASK, [a, b, c, d, sum], distance);
-                        ([a, b, c, d], other)
-                    }
-                    2 => {
-                        let [a, b, other] = warp_shuffle_xor_n(FULL_MASK, [a, b, sum], distance);
-                        ([a, b, 0.0, 0.0], other)
-                    }
-                    _ => {
-                        let [a, other] = warp_shuffle_xor_n(FULL_MASK, [a, sum], distance);
-                        ([a, 0.0, 0.0, 0.0], other)
-                    }
-                };
-                let taken = [a, b, c, d];
-                let mut i = 0;
-                while i < n {
-                    dims[i] += taken[i];
-                    i += 1;
-                }
-                sum += other;
-                if is_upper {
-                    first_dim += n as u32;
-                }
-                distance /= 2;
-            }
+            let group = self.warp * per_warp + seat.group;
             if seat.has_dims {
-                let at = (warp_values + self.warp * stride + first_dim) as usize;
-                let [a, b, c, d, e, f, g, h] = dims;
-                match n {
-                    2 => {
-                        floats.set(at, a);
-                        floats.set(at + 1, b);
-                    }
-                    4 => floats.set4(at, [a, b, c, d]),
-                    _ => {
-                        floats.set4(at, [a, b, c, d]);
-                        floats.set4(at + 4, [e, f, g, h]);
-                    }
-                }
+                let at = (group_values + group * stride + seat.first_dim) as usize;
+                let [a, b, c, d, e, f, g, h] = value;
+                floats.set4(at, [a, b, c, d]);
+                floats.set4(at + 4, [e, f, g, h]);
             }
-            if self.lane == 0 {
-                floats.set((warp_max + self.warp) as usize, largest);
-                floats.set((warp_sum + self.warp) as usize, sum);
+            if self.lane.is_multiple_of(LANES) {
+                let both = u64::from(largest.to_bits()) | u64::from(sum.to_bits()) << 32;
+                self.memory.view::<u64>().set((group_weights / 2 + group) as usize, both);
             }
         }
         sync_threads();
-        // The warps: a lane has what one of them has left.
+        // The groups: a lane has what some of them have left.
         let mut quad = self.warp;
-        if quad < head_dim / 4 {
-            let of = self.lane.min(WARPS - 1);
-            let largest = floats.get((warp_max + of) as usize);
-            let sum = floats.get((warp_sum + of) as usize);
-            let share = exp2(largest - largest_of_warp(largest));
-            let share = if self.lane < WARPS { share } else { 0.0 };
-            let sum = sum * share;
-            while quad < head_dim / 4 {
-                let values = floats.get4((warp_values + of * stride + 4 * quad) as usize);
-                let (value, sum) = sum_of_4_and_1(values.map(|value| value * share), sum);
+        if quad < n_quads {
+            const { assert!(WARPS * (WARP_SIZE / LANES) <= 3 * WARP_SIZE) };
+            let groups: [u32; 3] = core::array::from_fn(|i| self.lane + i as u32 * WARP_SIZE);
+            let n_groups = WARPS * per_warp;
+            let (mut largest, mut sums) = ([LOWEST; 3], [0.0; 3]);
+            let mut i = 0;
+            while i < n_groups.div_ceil(WARP_SIZE) as usize {
+                let both =
+                    self.memory.view::<u64>().get((group_weights / 2 + groups[i].min(n_groups - 1)) as usize);
+                largest[i] = f32::from_bits(both as u32);
+                sums[i] = if groups[i] < n_groups { f32::from_bits((both >> 32) as u32) } else { 0.0 };
+                i += 1;
+            }
+            let [a, b, c] = largest;
+            let of_all = largest_of_warp(max(max(a, b), c));
+            let shares = largest.map(|largest| exp2(largest - of_all));
+            let [a, b, c]: [f32; 3] = core::array::from_fn(|i| sums[i] * shares[i]);
+            let sum = a + b + c;
+            while quad < n_quads {
+                let mut value = [0.0; 4];
+                let mut i = 0;
+                while i < n_groups.div_ceil(WARP_SIZE) as usize {
+                    if groups[i] < n_groups {
+                        let of_group = floats.get4((group_values + groups[i] * stride + 4 * quad) as usize);
+                        value = core::array::from_fn(|d| mul_add(of_group[d], shares[i], value[d]));
+                    }
+                    i += 1;
+                }
+                let (value, sum) = sum_of_4_and_1(value, sum);
                 let values = broadcast_4(value * rcp(sum));
                 let to = heads + self.rank * head_dim + 4 * quad;
                 // SAFETY: the cluster has the block.

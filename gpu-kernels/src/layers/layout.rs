@@ -1,10 +1,13 @@
 //! What the launch is about, and how a block's shared memory is used.
 
 use super::{BLOCKS, WARPS};
+use crate::activations::OCTET;
 use crate::formats::tile::{Geometry, TILE_ROWS, TILE_UNITS, aligned_bytes};
-use crate::formats::{UNIT, WeightFormat};
+use crate::formats::{UNIT, UNIT_WORDS, WeightFormat};
 use bytemuck::{Pod, Zeroable};
 use cuda_std::cluster::Arrivals;
+use cuda_std::grid::no_sooner;
+use cuda_std::warp::WARP_SIZE;
 
 /// What is a layer's own: addresses in device memory.
 #[repr(C)]
@@ -37,6 +40,14 @@ pub(super) const LAYER_WORDS: u32 = size_of::<LayerRef>() as u32 / 4;
 /// Words that say where the rows of a quad belong.
 pub(super) const PLACE_WORDS: u32 = 12;
 
+/// Quads of gate and up that make a unit of hidden values: a block makes whole ones.
+pub(super) const HIDDEN_QUADS: u32 = UNIT as u32 / 2;
+
+/// Most units of a row that are in registers before the vector is there, in all lanes.
+pub(super) const MAX_LOADED: u32 = 48;
+/// Words beyond a vector's integers that lanes may read.
+const ROOM: u32 = MAX_LOADED * UNIT_WORDS as u32 / 2;
+
 /// What all layers have in common.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -67,11 +78,30 @@ pub struct Shape {
     pub scale: f32,
 }
 
+/// A method that gives the same numbers, worked out no sooner than a token: what is made of them would be kept from layer to layer else,
+/// and there are no registers for that.
+macro_rules! define_no_sooner {
+    ($($field:ident),*) => {
+        #[inline(always)]
+        pub(super) fn no_sooner(self, token: u32) -> Self {
+            Self { $($field: no_sooner(self.$field, token),)* ..self }
+        }
+    };
+}
+
 impl Shape {
+    define_no_sooner!(n_layer, n_embd, n_head, heads_per_kv, head_dim, n_ff, n_ctx, n_rot, pair_distance);
+
     /// Values of all query heads.
     #[inline(always)]
     pub fn n_q(&self) -> u32 {
         self.n_head * self.head_dim
+    }
+
+    /// Neighbouring lanes that share a position in attention, with eight values of a head each.
+    #[inline(always)]
+    pub fn lanes_per_position(&self) -> u32 {
+        self.head_dim.div_ceil(OCTET as u32).next_power_of_two().max(8)
     }
 
     /// Values of all key-value heads.
@@ -92,8 +122,8 @@ pub struct Product {
     pub(super) tile_words: u32,
     /// and of a quad.
     pub(super) quad_words: u32,
-    /// Quads of all blocks.
-    pub(super) n_quads: u32,
+    /// Quads of all blocks, in groups of which each is one block's.
+    pub(super) n_groups: u32,
     /// The word at which the factors of the norm before it lie, and how many there are: none where there is none.
     pub(super) gamma: u32,
     pub(super) n_gamma: u32,
@@ -104,15 +134,22 @@ pub struct Product {
     /// Where its vector lies in Q8_1: integers, and of each unit a factor, and that times the sum of the integers.
     pub(super) quants: u32,
     pub(super) scales: u32,
+    /// Quads of a group.
+    pub(super) group: u32,
+    padding: u32,
 }
 
 impl Product {
+    define_no_sooner!(
+        n_units, tile_words, quad_words, n_groups, gamma, n_gamma, quads, arrivals, quants, scales, group
+    );
+
     /// With its part from word `at` on, and its vector's integers and factors where they are said to be; gives the end of its part as well.
     #[inline(always)]
     fn new<F: WeightFormat>(
         at: u32,
         [n_rows, n_cols]: [u32; 2],
-        is_normalised: bool,
+        [group, n_gamma]: [u32; 2],
         [quants, scales]: [u32; 2],
     ) -> (Self, u32) {
         let n_units = n_cols / UNIT as u32;
@@ -121,13 +158,12 @@ impl Product {
             tile_bytes: aligned_bytes::<F>(TILE_UNITS),
             last_tile_bytes: aligned_bytes::<F>(n_units as usize % TILE_UNITS),
         };
-        let (n_quads, quad_words) = (n_rows / TILE_ROWS as u32, geometry.quad_bytes() as u32 / 4);
-        let n_gamma = if is_normalised { n_cols } else { 0 };
+        let (n_groups, quad_words) = (n_rows / TILE_ROWS as u32 / group, geometry.quad_bytes() as u32 / 4);
         let gamma = at + Arrivals::WORDS;
         let quads = gamma + n_gamma;
         let product = Self {
             n_units,
-            n_quads,
+            n_groups,
             quad_words,
             tile_words: geometry.tile_bytes as u32 / 4,
             gamma,
@@ -136,14 +172,29 @@ impl Product {
             arrivals: at,
             quants,
             scales,
+            group,
+            padding: 0,
         };
-        (product, quads + n_quads.div_ceil(BLOCKS) * quad_words)
+        (product, quads + n_groups.div_ceil(BLOCKS) * group * quad_words)
+    }
+
+    /// The word at which the integers of half of a unit lie: the first halves of all units, then the second ones, so that lanes that
+    /// read neighbouring units use all banks.
+    #[inline(always)]
+    pub(super) fn quants_of(&self, half: u32, unit: u32) -> u32 {
+        self.quants + UNIT_WORDS as u32 / 2 * (half * self.n_units + unit)
+    }
+
+    /// Quads of all blocks.
+    #[inline(always)]
+    pub(super) fn n_quads(&self) -> u32 {
+        self.n_groups * self.group
     }
 
     /// The first quad of block `rank`.
     #[inline(always)]
     pub(super) fn first_quad(&self, rank: u32) -> u32 {
-        self.n_quads * rank / BLOCKS
+        self.n_groups * rank / BLOCKS * self.group
     }
 
     /// How many quads block `rank` has.
@@ -168,20 +219,17 @@ pub struct Layout {
     pub(super) attended_mail: u32,
     pub(super) hidden_mail: u32,
     pub(super) layer_mail: u32,
+    /// The factor of a norm.
+    pub(super) factor: u32,
+    /// The block's share of `silu(gate) * up`.
+    pub(super) hidden: u32,
     /// The block's query, key and value.
     pub(super) qkv: u32,
     /// All heads.
     pub(super) heads: u32,
-    /// `silu(gate) * up` in bfloat16.
-    pub(super) hidden: u32,
-    /// Sums of the squares of a vector that is normalised, one for each unit; the factor of the norm; what counts that it is there.
-    pub(super) squares: u32,
-    pub(super) factor: u32,
-    pub(super) norm: u32,
-    /// Of each warp the largest score, the sum of weights, and the sum of values.
-    pub(super) warp_max: u32,
-    pub(super) warp_sum: u32,
-    pub(super) warp_values: u32,
+    /// Of each group of lanes that takes a position at a time, the largest score with the sum of weights, and the sum of values.
+    pub(super) group_weights: u32,
+    pub(super) group_values: u32,
     /// Where the rows of the block's quads of queries, keys and values belong, and how they are rotated.
     pub(super) places: u32,
     /// The layers.
@@ -191,6 +239,22 @@ pub struct Layout {
 }
 
 impl Layout {
+    define_no_sooner!(
+        qkv_mail,
+        heads_mail,
+        attended_mail,
+        hidden_mail,
+        layer_mail,
+        factor,
+        hidden,
+        qkv,
+        heads,
+        group_weights,
+        group_values,
+        places,
+        layers
+    );
+
     /// For weights in format `F`.
     #[inline(always)]
     pub fn new<F: WeightFormat>(shape: &Shape) -> Self {
@@ -202,23 +266,24 @@ impl Layout {
             end = (at + words).next_multiple_of(4);
             at
         };
-        let widest = n_embd.max(n_q).max(n_ff);
         let [qkv_mail, heads_mail, attended_mail, hidden_mail, layer_mail] =
             [(); 5].map(|()| take(Arrivals::WORDS));
         let x = [take(n_embd), take(n_embd)];
-        let (qkv, heads, hidden) = (take(3 * head_dim), take(n_q), take(n_ff / 2));
-        // Two, in turns: whoever makes the one after next ready has met all that read it.
-        let vectors = [(); 2].map(|()| [take(widest / 4), take(2 * (widest / UNIT as u32))]);
-        let (warp_max, warp_sum) = (take(WARPS), take(WARPS));
-        let (squares, factor, norm) = (take(n_embd / UNIT as u32), take(1), take(Arrivals::WORDS));
-        let warp_values = take(WARPS * Self::values_stride(shape));
+        let hidden_units = (n_ff / UNIT as u32).div_ceil(BLOCKS);
+        let (qkv, heads, hidden) = (take(3 * head_dim), take(n_q), take(hidden_units * UNIT as u32));
+        // The first two products of normalised vectors have one: whoever makes the next one ready has met all that read it.
+        let [normalised, attended, activated] =
+            [n_embd, n_q, n_ff].map(|n| [take(n / 4 + ROOM), take(2 * Self::scales_of(n / UNIT as u32))]);
+        let factor = take(1);
+        let n_groups = WARPS * (WARP_SIZE / shape.lanes_per_position());
+        let (group_weights, group_values) = (take(2 * n_groups), take(n_groups * Self::values_stride(shape)));
         let qkv_rows = n_q + 2 * n_kv;
         let places = take((qkv_rows / TILE_ROWS as u32).div_ceil(BLOCKS) * PLACE_WORDS);
         let layers = take(shape.n_layer * LAYER_WORDS);
-        let (qkv_product, at) = Product::new::<F>(end, [qkv_rows, n_embd], true, vectors[0]);
-        let (output, at) = Product::new::<F>(at, [n_embd, n_q], false, vectors[1]);
-        let (gate_up, at) = Product::new::<F>(at, [2 * n_ff, n_embd], true, vectors[0]);
-        let (down, words) = Product::new::<F>(at, [n_embd, n_ff], false, vectors[1]);
+        let (qkv_product, at) = Product::new::<F>(end, [qkv_rows, n_embd], [1, n_embd], normalised);
+        let (output, at) = Product::new::<F>(at, [n_embd, n_q], [1, 0], attended);
+        let (gate_up, at) = Product::new::<F>(at, [2 * n_ff, n_embd], [HIDDEN_QUADS, n_embd], normalised);
+        let (down, end) = Product::new::<F>(at, [n_embd, n_ff], [1, 0], activated);
         Self {
             qkv_mail,
             heads_mail,
@@ -229,17 +294,21 @@ impl Layout {
             qkv,
             heads,
             hidden,
-            squares,
             factor,
-            norm,
-            warp_max,
-            warp_sum,
-            warp_values,
+            group_weights,
+            group_values,
             places,
             layers,
             products: [qkv_product, output, gate_up, down],
-            words,
+            // What lanes beyond the last row's end read.
+            words: end + down.tile_words,
         }
+    }
+
+    /// Factors of a vector of so many units, with room for what lanes beyond its end read: zeros.
+    #[inline(always)]
+    pub(super) fn scales_of(n_units: u32) -> u32 {
+        n_units + MAX_LOADED
     }
 
     /// Bytes of shared memory.
@@ -247,7 +316,7 @@ impl Layout {
         4 * self.words
     }
 
-    /// Words from one warp's values to the next one's: lanes that read the same four of each should not meet in a bank.
+    /// Words from one group's values to the next one's: lanes that read the same four of each should not meet in a bank.
     #[inline(always)]
     pub(super) fn values_stride(shape: &Shape) -> u32 {
         shape.head_dim + 4

@@ -6,9 +6,13 @@
 //! arrive three operations ahead, and nothing but positions in the KV cache is read from device memory in between. That takes
 //! a model of which a sixteenth of a layer fits shared memory ([`Layout`]); others go kernel by kernel ([`crate::gemv`]).
 //!
-//! The vector of a product is made Q8_1 by each block for itself, a unit by each warp; a warp multiplies one or several quads at a time
-//! and finishes them, so that a product has one meeting of the block. Products of a normalised vector get the norm's factor at
-//! the end, as in [`crate::gemv::input`].
+//! The vector of a product is made Q8_1 by each block for itself, a unit by each warp, but for that between the halves of the feed-forward
+//! network, of which a block makes whole units and sends them so. Products of a normalised vector get the norm's factor at the
+//! end, as in [`crate::gemv::input`].
+//!
+//! Nothing here is long: what counts is how many instructions lie one after the other between a vector's arrival and the next one's. So
+//! whatever does not need the vector is done before it is there: a lane has its weights in registers by then, and knows where it reads
+//! and writes. And nothing is kept from one operation to the next ([`Walk::afresh`]), since these registers are needed.
 //!
 //! Bytes moved: every weight once, keys and values once for each query head.
 
@@ -22,20 +26,20 @@ pub use layout::{LayerRef, Layout, Product, Shape};
 
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::formats::Format;
-use crate::formats::WeightFormat;
+use crate::formats::InPlanes;
 use crate::formats::tile::TILE_ROWS;
-use crate::math::silu;
 use crate::operand::Operand;
 use crate::step::Step;
-use cuda_std::cluster::{block_rank, sync_cluster};
+use cuda_std::cluster::sync_cluster;
 use cuda_std::grid::{let_next_start, wait_for_previous};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::launch::Kernel;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::thread::{sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_shuffle_xor};
+use cuda_std::warp::WARP_SIZE;
 use cuda_std::{dynamic_shared, kernel};
 use layout::LAYER_WORDS;
+use products::broadcast_4;
 use walk::Walk;
 
 /// Blocks of the cluster: the most that there can be.
@@ -72,6 +76,10 @@ pub struct Arguments {
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Arguments {}
 
+/// Units of a row of queries, keys and values, or of attention's projection, that each of the eight lanes which share it has in registers
+/// before the vector is there. For gate and up, where two lanes share a row, it is `MANY`, for down, where eight do, `SOME`: as many as
+/// there are registers for.
+const FEW: usize = 3;
 /// Which of [`Layout::products`].
 const QKV: usize = 0;
 const OUTPUT: usize = 1;
@@ -84,12 +92,11 @@ const DOWN: usize = 3;
 /// The arguments are as their fields say, in device memory; the layout is of the shape and of format `F`; the launch is one
 /// cluster of [`BLOCKS`] blocks of [`BLOCK_DIM`] threads, with the layout's shared memory; the step's position is below `n_ctx`.
 #[inline(always)]
-unsafe fn run<F: WeightFormat, const LANES: u32>(a: Arguments) {
+unsafe fn run<F: InPlanes, const LANES: u32, const MANY: usize, const SOME: usize>(a: Arguments) {
     let memory = dynamic_shared!(LAYERS_MEMORY: [u32]);
-    // By way of a shuffle, since what is read from a special register would be read again and again, which takes longer.
-    let thread = warp_shuffle_xor(FULL_MASK, thread_idx_x(), 0, WARP_SIZE);
-    let walk = Walk { a, memory, rank: block_rank(), warp: thread / WARP_SIZE, lane: thread % WARP_SIZE };
-    let Layout { x, heads, hidden, layers, products, .. } = a.layout;
+    let thread = thread_idx_x();
+    let walk = Walk::new(a, memory, thread);
+    let Layout { x, layers, .. } = a.layout;
     let floats = walk.floats();
     if walk.is_fetcher() {
         walk.set_up();
@@ -123,89 +130,99 @@ unsafe fn run<F: WeightFormat, const LANES: u32>(a: Arguments) {
         (*a.step).position
     };
     walk.place_rows(position);
-    walk.weights(products[QKV]).wait(0);
+    // Queries, keys and values share a vector's place with gate and up.
+    walk.clear_scales(a.layout.products[OUTPUT]);
+    walk.clear_scales(a.layout.products[GATE_UP]);
+    walk.clear_scales(a.layout.products[DOWN]);
     sync_threads();
 
     let mut layer = 0;
     while layer < a.shape.n_layer {
-        // Whoever has all of the results of an operation knows that its own block has read that operation's weights: those of the
-        // next layer are asked for, once the vector at hand is ready.
-        walk.prepare_normalised(products[QKV], x[0]);
-        if walk.warp == WARPS {
-            walk.work_out_norm(products[QKV]);
+        // Weights come long before vectors do, and are taken into registers meanwhile. Whoever has all of the results of an operation
+        // knows that its own block has read that operation's weights: those of the next layer are asked for, once the vector at hand
+        // is ready.
+        let walk = walk.afresh();
+        let Layout { x, products, .. } = walk.a.layout;
+        walk.weights(products[QKV]).wait(layer);
+        let place = |turn| walk.place(turn);
+        let loaded = walk.load_first::<F, 8, FEW, _>(products[QKV], place);
+        let next = walk.next_unit(products[QKV], x[0]);
+        // What earlier steps have written does not wait for this layer's query.
+        // SAFETY: the caller's promise.
+        let fetched = unsafe { walk.fetch_first::<LANES>(layer, position) };
+        if layer > 0 {
+            walk.receive(walk.after(), layer - 1);
         }
+        walk.prepare_normalised(products[QKV], x[0], next);
         if walk.is_fetcher() && layer > 0 {
             // SAFETY: the layer before has come.
             unsafe { walk.fetch::<DOWN>(layer) };
         }
         // SAFETY: the caller's promise.
         unsafe {
-            // What earlier steps have written does not wait for this layer's query, where there are registers for it.
-            let fetched = if F::IN_PAIRS { Some(walk.fetch_first::<LANES>(layer, position)) } else { None };
-            walk.multiply::<F, 32, 1, _>(
-                products[QKV],
-                |turn| walk.place(turn),
-                |_, place, sums| {
-                    let factor = walk.norm_factor(2 * layer);
-                    walk.finish_qkv(layer, place, sums.map(|sum| sum * factor));
-                },
-            );
+            walk.multiply::<F, 8, FEW, _>(products[QKV], loaded, place, |_, place, sum| {
+                walk.finish_qkv(layer, place, broadcast_4(sum * walk.norm_factor()));
+            });
             if walk.has_head() {
-                let fetched = fetched.unwrap_or_else(|| walk.fetch_first::<LANES>(layer, position));
                 walk.afresh().attend::<LANES>(layer, position, fetched);
             }
         }
 
-        walk.receive_for(products[OUTPUT], walk.heads(), layer);
-        walk.prepare::<1>(products[OUTPUT], |column| floats.get((heads + column) as usize));
+        let walk = walk.afresh();
+        let Layout { x, products, .. } = walk.a.layout;
+        walk.weights(products[OUTPUT]).wait(layer);
+        let before = |turn| walk.row_of(x[0], turn);
+        let loaded = walk.load_first::<F, 8, FEW, _>(products[OUTPUT], before);
+        let heads = walk.a.layout.heads;
+        let next = walk.next_unit(products[OUTPUT], heads);
+        walk.receive(walk.heads(), layer);
+        walk.prepare(products[OUTPUT], heads, next);
         if walk.is_fetcher() {
             // SAFETY: all queries, keys and values have been sent.
             unsafe { walk.fetch::<QKV>(layer + 1) };
         }
-        walk.multiply::<F, 32, 1, _>(
-            products[OUTPUT],
-            |turn| walk.rows_of(x[0], turn),
-            |turn, rows, sums| walk.send_sum(walk.attended(), x[1], turn, rows, sums),
-        );
+        walk.multiply::<F, 8, FEW, _>(products[OUTPUT], loaded, before, |turn, before, sum| {
+            walk.send_rows(walk.attended(), x[1], turn, before + sum);
+        });
 
-        walk.receive_for(products[GATE_UP], walk.attended(), layer);
-        walk.prepare_normalised(products[GATE_UP], x[1]);
-        if walk.warp == WARPS {
-            walk.work_out_norm(products[GATE_UP]);
-        }
+        let walk = walk.afresh();
+        let Layout { x, products, .. } = walk.a.layout;
+        walk.weights(products[GATE_UP]).wait(layer);
+        let loaded = walk.load_first::<F, 2, MANY, _>(products[GATE_UP], |_| ());
+        let next = walk.next_unit(products[GATE_UP], x[1]);
+        walk.receive(walk.attended(), layer);
+        walk.prepare_normalised(products[GATE_UP], x[1], next);
         if walk.is_fetcher() {
             // SAFETY: all of the product's results have come.
             unsafe { walk.fetch::<OUTPUT>(layer + 1) };
         }
-        let send_hidden = |turn, (), sums: [f32; TILE_ROWS]| {
-            let factor = walk.norm_factor(2 * layer + 1);
-            let [gate0, gate1, up0, up1] = sums.map(|sum| sum * factor);
-            walk.send_hidden(turn, [silu(gate0) * up0, silu(gate1) * up1]);
-        };
-        walk.multiply::<F, 8, 3, _>(products[GATE_UP], |_| (), send_hidden);
+        walk.multiply::<F, 2, MANY, _>(
+            products[GATE_UP],
+            loaded,
+            |_| (),
+            |turn, (), sum| {
+                walk.keep_hidden(turn, sum * walk.norm_factor());
+            },
+        );
+        sync_threads();
+        walk.send_hidden();
 
-        walk.receive_for(products[DOWN], walk.hidden(), layer);
-        walk.prepare::<3>(products[DOWN], |column| {
-            // A bfloat16 is the upper half of a number.
-            let half = memory.view::<u16>().get((2 * hidden + column) as usize);
-            f32::from_bits(u32::from(half) << 16)
-        });
+        let walk = walk.afresh();
+        let Layout { x, products, .. } = walk.a.layout;
+        walk.weights(products[DOWN]).wait(layer);
+        let before = |turn| walk.row_of(x[1], turn);
+        let loaded = walk.load_first::<F, 8, SOME, _>(products[DOWN], before);
+        walk.receive(walk.hidden(), layer);
         if walk.is_fetcher() {
             // SAFETY: as above.
             unsafe { walk.fetch::<GATE_UP>(layer + 1) };
         }
-        walk.multiply::<F, 32, 2, _>(
-            products[DOWN],
-            |turn| walk.rows_of(x[1], turn),
-            |turn, rows, sums| walk.send_sum(walk.after(), x[0], turn, rows, sums),
-        );
-
+        walk.multiply::<F, 8, SOME, _>(products[DOWN], loaded, before, |turn, before, sum| {
+            walk.send_rows(walk.after(), x[0], turn, before + sum);
+        });
         layer += 1;
-        if layer < a.shape.n_layer {
-            walk.weights(products[QKV]).wait(layer);
-        }
-        walk.receive(walk.after(), layer - 1);
     }
+    walk.receive(walk.after(), a.shape.n_layer - 1);
 
     // All blocks have it.
     let mut quad = thread;
@@ -225,7 +242,7 @@ unsafe fn run<F: WeightFormat, const LANES: u32>(a: Arguments) {
 }
 
 macro_rules! define_kernels {
-    ($(($Type:ident, $lanes:literal, $module:ident))*) => {$(
+    ($(($Type:ident, $lanes:literal, $many:literal, $some:literal, $module:ident))*) => {$(
         #[doc = concat!("Weights in ", stringify!($Type), ", heads of which ", stringify!($lanes), " lanes share a position.")]
         pub mod $module {
             use super::*;
@@ -246,19 +263,19 @@ macro_rules! define_kernels {
             #[kernel(suffix = $module, overlapping, launch_bounds(608, 1))]
             pub unsafe fn layers(arguments: Arguments) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { run::<crate::formats::$Type, $lanes>(arguments) }
+                unsafe { run::<crate::formats::$Type, $lanes, $many, $some>(arguments) }
             }
         }
     )*};
 }
 const _: () = assert!(BLOCK_DIM == 608);
 define_kernels! {
-    (Q8_0, 8, q8_0_d64)
-    (Q8_0, 16, q8_0_d128)
-    (Q8_0, 32, q8_0_d256)
-    (Q4_1, 8, q4_1_d64)
-    (Q4_1, 16, q4_1_d128)
-    (Q4_1, 32, q4_1_d256)
+    (Q8_0, 8, 4, 3, q8_0_d64)
+    (Q8_0, 16, 4, 3, q8_0_d128)
+    (Q8_0, 32, 4, 3, q8_0_d256)
+    (Q4_1, 8, 9, 6, q4_1_d64)
+    (Q4_1, 16, 9, 6, q4_1_d128)
+    (Q4_1, 32, 9, 6, q4_1_d256)
 }
 
 /// The kernel for weights of a format, and how it lays out shared memory, where there is one.
@@ -274,6 +291,6 @@ pub fn own_kernel(format: Format, shape: &Shape) -> Option<(&'static Kernel<(Arg
         }
         _ => return None,
     };
-    let longest = [64, 128, 256].iter().position(|&longest| shape.head_dim <= longest)?;
-    Some((kernels[longest], layout))
+    let kernel = [8, 16, 32].iter().position(|&lanes| lanes == shape.lanes_per_position())?;
+    Some((kernels[kernel], layout))
 }

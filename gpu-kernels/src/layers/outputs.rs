@@ -1,13 +1,14 @@
 //! What becomes of a quad of products: it goes to the blocks that need it.
 
 use super::layout::{LayerRef, Layout, PLACE_WORDS, Shape};
-use super::products::Turn;
+use super::products::{Turn, broadcast_4};
 use super::walk::{Mail, Walk};
-use super::{BLOCK_DIM, BLOCKS, QKV};
+use super::{BLOCK_DIM, BLOCKS, GATE_UP, QKV};
 use crate::formats::tile::TILE_ROWS;
+use crate::math::silu;
 use crate::rope::rotate;
 use core::mem::offset_of;
-use cuda_std::float::{f16_to_f32, f32_to_bf16x2, f32_to_f16};
+use cuda_std::float::{f16_to_f32, f32_to_f16};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_shuffle_xor_n};
 
 impl Walk {
@@ -116,49 +117,30 @@ impl Walk {
         }
     }
 
-    /// Sends what two gates and two ups have made to all blocks, rounded to bfloat16. The eight lanes that share a quad have the same.
+    /// Leaves what gates and ups have made in the block's share. Of the eight lanes that share a quad two have each of its rows.
     #[inline(always)]
-    pub(super) fn send_hidden(self, turn: Turn, [a, b]: [f32; 2]) {
-        let own = f32_to_bf16x2(a, b);
-        // Where all four quads of the warp are there, their words go together: messages cost more than their bytes.
-        let [beside, is_there] = warp_shuffle_xor_n(FULL_MASK, [own, u32::from(turn.is_there)], 8);
-        let [a, b] = if self.lane & 8 != 0 { [beside, own] } else { [own, beside] };
-        let are_there = is_there & u32::from(turn.is_there);
-        let [c, d, others_are_there] = warp_shuffle_xor_n(FULL_MASK, [a, b, are_there], 16);
-        let (to, mail) = (self.a.layout.hidden, self.hidden().arrivals);
-        let first = turn.quad.wrapping_sub(self.lane / 8);
-        // SAFETY: the cluster has the block.
-        unsafe {
-            if are_there & others_are_there == 1 && first.is_multiple_of(4) {
-                if self.lane < BLOCKS {
-                    mail.send_4(self.lane, to + first, [a, b, c, d].map(f32::from_bits));
-                }
-            } else if turn.is_there {
-                mail.send(self.lane % 8, to + turn.quad, [f32::from_bits(own)]);
-                mail.send(self.lane % 8 + 8, to + turn.quad, [f32::from_bits(own)]);
-            }
+    pub(super) fn keep_hidden(self, turn: Turn, sum: f32) {
+        let [other] = warp_shuffle_xor_n(FULL_MASK, [sum], 4);
+        // The lanes that have the gates.
+        if self.lane % 8 < 4 && self.lane.is_multiple_of(2) && turn.is_there {
+            let quad = turn.quad - self.a.layout.products[GATE_UP].first_quad(self.rank);
+            let at = self.a.layout.hidden + quad * 2 + turn.row;
+            self.floats().set(at as usize, silu(sum) * other);
         }
     }
 
-    /// The values of a quad's rows, of the vector at word `x`.
+    /// The value of the lane's row, of the vector at word `x`.
     #[inline(always)]
-    pub(super) fn rows_of(self, x: u32, turn: Turn) -> [f32; TILE_ROWS] {
-        self.floats().get4((x + turn.quad * TILE_ROWS as u32) as usize)
+    pub(super) fn row_of(self, x: u32, turn: Turn) -> f32 {
+        self.floats().get((x + turn.quad * TILE_ROWS as u32 + turn.row) as usize)
     }
 
-    /// Adds a quad of products onto rows of the hidden state, and sends them to where word `to` is in all blocks.
+    /// Sends a quad of rows of the hidden state, of which eight lanes each have one, to where word `to` is in all blocks.
     #[inline(always)]
-    pub(super) fn send_sum(
-        self,
-        mail: Mail,
-        to: u32,
-        turn: Turn,
-        [x0, x1, x2, x3]: [f32; TILE_ROWS],
-        [s0, s1, s2, s3]: [f32; TILE_ROWS],
-    ) {
+    pub(super) fn send_rows(self, mail: Mail, to: u32, turn: Turn, value: f32) {
         let to = to + turn.quad * TILE_ROWS as u32;
-        let sums = [x0 + s0, x1 + s1, x2 + s2, x3 + s3];
+        let values = broadcast_4(value);
         // SAFETY: the cluster has the block.
-        self.for_blocks::<WARP_SIZE>(|block| unsafe { mail.arrivals.send_4(block, to, sums) });
+        self.for_blocks::<WARP_SIZE>(|block| unsafe { mail.arrivals.send_4(block, to, values) });
     }
 }

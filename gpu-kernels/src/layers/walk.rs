@@ -1,12 +1,14 @@
 //! A thread of the launch: where it stands, what its block gets from others, and the weights on their way.
 
-use super::layout::{LAYER_WORDS, LayerRef, Product};
+use super::layout::{LAYER_WORDS, LayerRef, Layout, Product};
 use super::{Arguments, GATE_UP, OUTPUT, QKV, WARPS};
+use crate::formats::UNIT;
 use crate::formats::tile::TILE_ROWS;
 use core::mem::offset_of;
-use cuda_std::cluster::Arrivals;
-use cuda_std::grid::settled;
+use cuda_std::cluster::{Arrivals, block_rank};
+use cuda_std::grid::{no_sooner, settled};
 use cuda_std::shared::DynamicShared;
+use cuda_std::warp::WARP_SIZE;
 
 /// A thread of the launch.
 #[derive(Clone, Copy)]
@@ -56,10 +58,14 @@ impl Walk {
         }
     }
 
-    /// What is between the halves of the feed-forward network, in bfloat16.
+    /// What is between the halves of the feed-forward network, in Q8_1.
     #[inline(always)]
     pub(super) fn hidden(self) -> Mail {
-        Mail { arrivals: Arrivals::at(self.memory, self.a.layout.hidden_mail), bytes: 2 * self.a.shape.n_ff }
+        let n_ff = self.a.shape.n_ff;
+        Mail {
+            arrivals: Arrivals::at(self.memory, self.a.layout.hidden_mail),
+            bytes: n_ff + 8 * (n_ff / UNIT as u32),
+        }
     }
 
     /// The hidden state after the layer.
@@ -74,11 +80,32 @@ impl Walk {
         Arrivals::at(self.memory, product.arrivals)
     }
 
+    /// Thread `thread` of the block.
+    #[inline(always)]
+    pub(super) fn new(a: Arguments, memory: DynamicShared<u32>, thread: u32) -> Self {
+        let thread = unforeseen(thread);
+        Self { a, memory, rank: block_rank(), warp: thread / WARP_SIZE, lane: thread % WARP_SIZE }
+    }
+
     /// The same thread, of which nothing is known that was worked out before: there are no registers for what could be kept from
-    /// layer to layer, and local memory is as far away as the weights.
+    /// layer to layer, and local memory is as far away as the weights. All lanes of a warp make this call together.
     #[inline(always)]
     pub(super) fn afresh(self) -> Self {
-        Self { warp: settled(self.warp), lane: settled(self.lane), ..self }
+        let thread = unforeseen(self.warp * WARP_SIZE + self.lane);
+        let layout = self.a.layout.no_sooner(thread);
+        let products = layout.products.map(|product| product.no_sooner(thread));
+        let a = Arguments {
+            shape: self.a.shape.no_sooner(thread),
+            layout: Layout { products, ..layout },
+            ..self.a
+        };
+        Self {
+            a,
+            memory: settled(self.memory),
+            rank: no_sooner(self.rank, thread),
+            warp: thread / WARP_SIZE,
+            lane: thread % WARP_SIZE,
+        }
     }
 
     /// Whether this is the thread that expects and asks for what arrives.
@@ -102,7 +129,6 @@ impl Walk {
         self.weights(output).set_up();
         self.weights(gate_up).set_up();
         self.weights(down).set_up();
-        self.norm().set_up();
         let set_up = |mail: Mail| {
             mail.arrivals.set_up();
             mail.arrivals.expect(mail.bytes);
@@ -114,13 +140,6 @@ impl Walk {
         set_up(self.attended());
         set_up(self.hidden());
         set_up(self.after());
-    }
-
-    /// Waits for the weights of a product of layer `layer`, which have come long before, and then for the mail that its vector is.
-    #[inline(always)]
-    pub(super) fn receive_for(self, product: Product, mail: Mail, layer: u32) {
-        self.weights(product).wait(layer);
-        self.receive(mail, layer);
     }
 
     /// Waits for mail of layer `layer`, and has the next layer's expected.
@@ -193,18 +212,27 @@ impl Walk {
                 }
                 OUTPUT => {
                     let tiles = address(offset_of!(LayerRef, attn_output));
-                    self.fetch_quads(product, tiles, 0, product.n_quads);
+                    self.fetch_quads(product, tiles, 0, product.n_quads());
                 }
                 GATE_UP => {
                     self.fetch_gamma(product, address(offset_of!(LayerRef, ffn_norm)));
                     let tiles = address(offset_of!(LayerRef, gate_up));
-                    self.fetch_quads(product, tiles, 0, product.n_quads);
+                    self.fetch_quads(product, tiles, 0, product.n_quads());
                 }
                 _ => {
                     let tiles = address(offset_of!(LayerRef, down));
-                    self.fetch_quads(product, tiles, 0, product.n_quads);
+                    self.fetch_quads(product, tiles, 0, product.n_quads());
                 }
             }
         }
+    }
+}
+
+/// The value, as neither compiler nor assembler can know it beforehand: by way of a shuffle. All lanes of a warp make this call together.
+#[inline(always)]
+fn unforeseen(value: u32) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => cuda_std::warp::warp_shuffle_xor(cuda_std::warp::FULL_MASK, value, 0, WARP_SIZE),
+        _ => value,
     }
 }
