@@ -175,7 +175,10 @@ impl Product {
             group,
             padding: 0,
         };
-        (product, quads + n_groups.div_ceil(BLOCKS) * group * quad_words)
+        // Lanes beyond the end of the last row read what follows: nothing that arrives meanwhile.
+        let beyond = n_units.next_multiple_of(TILE_UNITS as u32) - n_units;
+        let room = beyond * TILE_ROWS as u32 * UNIT_WORDS as u32 / 2;
+        (product, quads + n_groups.div_ceil(BLOCKS) * group * quad_words + room)
     }
 
     /// The word at which the integers of half of a unit lie: the first halves of all units, then the second ones, so that lanes that
@@ -283,7 +286,7 @@ impl Layout {
         let (qkv_product, at) = Product::new::<F>(end, [qkv_rows, n_embd], [1, n_embd], normalised);
         let (output, at) = Product::new::<F>(at, [n_embd, n_q], [1, 0], attended);
         let (gate_up, at) = Product::new::<F>(at, [2 * n_ff, n_embd], [HIDDEN_QUADS, n_embd], normalised);
-        let (down, end) = Product::new::<F>(at, [n_embd, n_ff], [1, 0], activated);
+        let (down, words) = Product::new::<F>(at, [n_embd, n_ff], [1, 0], activated);
         Self {
             qkv_mail,
             heads_mail,
@@ -300,8 +303,7 @@ impl Layout {
             places,
             layers,
             products: [qkv_product, output, gate_up, down],
-            // What lanes beyond the last row's end read.
-            words: end + down.tile_words,
+            words,
         }
     }
 
