@@ -158,8 +158,6 @@ macro_rules! sends {
     };
 }
 sends! {
-    /// Sends a value to word `to` of block `block`, which counts it.
-    send, 1, ".b32", "{v0}", [0 v0];
     /// Sends two values to word `to`, even, of block `block`, which counts them.
     send_2, 2, ".v2.b32", "{{{v0}, {v1}}}", [0 v0, 1 v1];
     /// Sends four values to word `to`, a multiple of 4, of block `block`, which counts them.

@@ -27,6 +27,7 @@ extern crate self as cuda_std;
 pub mod atomic;
 #[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]
 pub mod cluster;
+pub mod codegen;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod emulator;
 pub mod float;

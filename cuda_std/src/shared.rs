@@ -7,9 +7,9 @@
 //!
 //! Indices are checked in debug builds, and always on the emulator.
 
-use crate::grid::Settle;
+use crate::codegen::Settle;
 #[cfg(target_arch = "nvptx64")]
-use crate::grid::settled;
+use crate::codegen::settled;
 use core::marker::PhantomData;
 
 #[cfg(not(target_arch = "nvptx64"))]

@@ -28,6 +28,10 @@ const WIDE: Shape = Shape {
     ..QWEN2
 };
 
+/// The same in the other format, with fewer heads, for which there is room.
+const WIDE_Q8_0: Shape =
+    Shape { what: "qwen2 in Q8_0", n_head: 4, n_head_kv: 2, format: |_, _| Format::Q8_0, ..WIDE };
+
 /// Heads of as many values as there may be, which are not all rotated, and more than a tile of hidden values.
 const LONG_HEADS: Shape = Shape {
     what: "llama with long heads in Q8_0",
@@ -113,6 +117,7 @@ fn all_layers_in_one_launch_are_near_f64() {
     for device in devices() {
         run(device, &SMALL, 8);
         run(device, &WIDE, 40);
+        run(device, &WIDE_Q8_0, 8);
         run(device, &LONG_HEADS, 40);
     }
 }

@@ -6,7 +6,7 @@ use cuda_std::emulator::LaunchError;
 use cuda_std::thread::*;
 use cuda_std::{dynamic_shared, kernel};
 
-/// Words of a block's mail in a round: from each block of the cluster one value, two and four.
+/// Words of a block's mail in a round: from each block of the cluster four values, and twice two.
 const WORDS_OF_BLOCK: u32 = 8;
 
 /// In each round every block sends every other one what it made of all it got in the round before; at the end each leaves what it
@@ -19,7 +19,7 @@ pub unsafe fn gossip(n_rounds: u32, n_blocks: u32, out: *mut f32) {
     let (rank, thread) = (block_rank(), thread_idx_x());
     if thread == 0 {
         arrivals.set_up();
-        arrivals.expect(n_blocks * 7 * 4);
+        arrivals.expect(4 * n_words);
     }
     sync_cluster();
     let mut value = (block_idx_x() + 1) as f32;
@@ -33,18 +33,18 @@ pub unsafe fn gossip(n_rounds: u32, n_blocks: u32, out: *mut f32) {
             unsafe {
                 arrivals.send_4(thread, to, [value, 2.0 * value, 3.0 * value, 4.0 * value]);
                 arrivals.send_2(thread, to + 4, [5.0 * value, 6.0 * value]);
-                arrivals.send(thread, to + 6, [7.0 * value]);
+                arrivals.send_2(thread, to + 6, [7.0 * value, 8.0 * value]);
             }
         }
         arrivals.wait(round);
         if thread == 0 && round + 1 < n_rounds {
-            arrivals.expect(n_blocks * 7 * 4);
+            arrivals.expect(4 * n_words);
         }
         let mut sum = 0.0;
-        for word in (0..n_words).filter(|word| word % WORDS_OF_BLOCK < 7) {
+        for word in 0..n_words {
             sum += memory.view::<f32>().get((start + word) as usize);
         }
-        value = sum / (28.0 * n_blocks as f32) + rank as f32;
+        value = sum / (36.0 * n_blocks as f32) + rank as f32;
     }
     if thread == 0 {
         // SAFETY: one element per block.

@@ -10,6 +10,7 @@
 
 mod f16;
 mod f32;
+mod planes;
 mod q4_1;
 mod q4_k;
 mod q6_k;
@@ -18,6 +19,7 @@ pub mod tile;
 
 pub use f16::F16;
 pub use f32::F32;
+pub use planes::{InPlanes, LaneInTile};
 pub use q4_1::Q4_1;
 pub use q4_k::Q4_K;
 pub use q6_k::Q6_K;
@@ -25,9 +27,7 @@ pub use q8_0::Q8_0;
 
 use crate::activations::Q8_1Unit;
 use cuda_std::float::mul_add;
-use cuda_std::grid::no_sooner;
 use cuda_std::intrinsics::{byte_as_mantissa, byte_below_exponent, dp4a, dp4a_nibbles, dp4a_sum};
-use cuda_std::shared::DynamicShared;
 use tile::{TILE_ROWS, TileSource};
 
 /// Columns in a unit: what a lane works on at a time, and as many as a Q8_1 block has.
@@ -78,73 +78,6 @@ pub trait WeightFormat: Copy {
 
     /// Reads a unit of a tile.
     fn unpack<S: TileSource>(tile: S, place: Place) -> Self::Unit;
-}
-
-/// A format whose tiles are planes in which all units lie one after the other, the four rows of each side by side: a lane can take
-/// units of one row from shared memory before it looks at them.
-pub trait InPlanes: WeightFormat {
-    /// What a lane reads of a unit.
-    type Fetched: Copy + Default;
-
-    /// Reads the lane's unit of those from unit `first` of the tile on, a multiple of the number of lanes that share the row. Where there is
-    /// none it has factors of 0, and integers that may be those of what follows the tile.
-    fn fetch(lane: LaneInTile, first: u32) -> Self::Fetched;
-
-    /// The unit.
-    fn unit(fetched: Self::Fetched) -> Self::Unit;
-}
-
-/// Where a lane finds its units of a row of a tile of planes, in shared memory.
-#[derive(Clone, Copy, Debug)]
-pub struct LaneInTile {
-    memory: DynamicShared<u32>,
-    /// Units in each row of the tile.
-    n_units: u32,
-    row: u32,
-    /// The lane, of those that share the row.
-    member: u32,
-    /// The word at which the tile starts, the lane's part of the index into a plane of 16 bytes a unit, and that of the row there.
-    start: u32,
-    unit_words: u32,
-    row_words: u32,
-}
-
-impl LaneInTile {
-    /// Of lane `member` of those that share row `row`, a power of two. The tile starts at word `start` and has `n_units` units in a row.
-    #[inline(always)]
-    pub fn new(memory: DynamicShared<u32>, start: u32, n_units: u32, row: u32, member: u32) -> Self {
-        // Of them the compiler knows nothing: numbers that are added become part of the instructions that load.
-        let row_words = no_sooner(4 * (row ^ (member / 2 % TILE_ROWS as u32)), member);
-        let unit_words = no_sooner(start + 4 * TILE_ROWS as u32 * member, member);
-        Self { memory, n_units, row, member, start, unit_words, row_words }
-    }
-
-    /// Sixteen bytes of plane `plane`, of those that have so many for each unit and begin the tile, with rows as
-    /// [`Place::by_unit_swizzled`] has them.
-    #[inline(always)]
-    fn u32x4(self, plane: u32, first: u32) -> [u32; 4] {
-        let row = self.row_words ^ (4 * (first / 2 % TILE_ROWS as u32));
-        let unit = self.unit_words + 4 * TILE_ROWS as u32 * (plane * self.n_units + first);
-        self.memory.get4((unit + row) as usize)
-    }
-
-    /// A word of a plane that starts `planes` planes of 16 bytes after the tile, or 0.
-    #[inline(always)]
-    fn u32(self, planes: u32, first: u32) -> u32 {
-        let plane = self.start + 4 * TILE_ROWS as u32 * planes * self.n_units;
-        let at = no_sooner(plane + TILE_ROWS as u32 * self.member + self.row, self.member)
-            + TILE_ROWS as u32 * first;
-        if first + self.member < self.n_units { self.memory.get(at as usize) } else { 0 }
-    }
-
-    /// Likewise half a word.
-    #[inline(always)]
-    fn u16(self, planes: u32, first: u32) -> u16 {
-        let plane = 2 * (self.start + 4 * TILE_ROWS as u32 * planes * self.n_units);
-        let at = no_sooner(plane + TILE_ROWS as u32 * self.member + self.row, self.member)
-            + TILE_ROWS as u32 * first;
-        if first + self.member < self.n_units { self.memory.view::<u16>().get(at as usize) } else { 0 }
-    }
 }
 
 /// A unit's place in a tile.

@@ -41,7 +41,7 @@ impl WeightFormat for Q4_1 {
         let nibbles = tile.u32x4(place.by_unit_swizzled() * 16);
         // Of all rows, which are read one after the other.
         let scale_and_min = word_of_row(tile.u32x4((4 * place.n_units + place.unit) * 16), place.row);
-        unit(nibbles, scale_and_min)
+        Self::unit((nibbles, scale_and_min))
     }
 }
 
@@ -55,15 +55,10 @@ impl InPlanes for Q4_1 {
 
     #[inline(always)]
     fn unit((nibbles, scale_and_min): Self::Fetched) -> NibbleUnit {
-        unit(nibbles, scale_and_min)
-    }
-}
-
-#[inline(always)]
-fn unit(nibbles: [u32; 4], scale_and_min: u32) -> NibbleUnit {
-    NibbleUnit {
-        nibbles,
-        scale: f16_to_f32(scale_and_min as u16),
-        min: -f16_to_f32((scale_and_min >> 16) as u16),
+        NibbleUnit {
+            nibbles,
+            scale: f16_to_f32(scale_and_min as u16),
+            min: -f16_to_f32((scale_and_min >> 16) as u16),
+        }
     }
 }

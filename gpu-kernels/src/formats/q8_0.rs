@@ -44,7 +44,7 @@ impl WeightFormat for Q8_0 {
         // Of all rows, which are read one after the other.
         let scale = half_of_row(tile.u32x2(2 * plane * 16 + place.unit * 8), place.row);
         let (low, high) = (tile.u32x4(first * 16), tile.u32x4((plane + first) * 16));
-        unit([low, high], scale)
+        Self::unit(([low, high], scale))
     }
 }
 
@@ -57,15 +57,10 @@ impl InPlanes for Q8_0 {
     }
 
     #[inline(always)]
-    fn unit((quants, scale): Self::Fetched) -> IntegerUnit<0, 1> {
-        unit(quants, scale)
-    }
-}
-
-#[inline(always)]
-fn unit([low, high]: [[u32; 4]; 2], scale: u16) -> IntegerUnit<0, 1> {
-    IntegerUnit {
-        quants: core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32),
-        scales: [f16_to_f32(scale)],
+    fn unit(([low, high], scale): Self::Fetched) -> IntegerUnit<0, 1> {
+        IntegerUnit {
+            quants: core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32),
+            scales: [f16_to_f32(scale)],
+        }
     }
 }

@@ -25,7 +25,8 @@ use crate::rows::RowOrder;
 use band::Band;
 use core::marker::PhantomData;
 use core::ops::Range;
-use cuda_std::grid::{let_next_start, settled, wait_for_previous, wait_for_previous_knowing};
+use cuda_std::codegen::settled;
+use cuda_std::grid::{let_next_start, wait_for_previous, wait_for_previous_knowing};
 #[cfg(not(target_arch = "nvptx64"))]
 use cuda_std::launch::Kernel;
 use cuda_std::pipeline::{PacedCopy, Window};

@@ -9,8 +9,8 @@ use crate::attention::LOWEST;
 use crate::kv_cache::{HalfKv, KvCodec, KvRef};
 use core::f32::consts::LOG2_E;
 use core::mem::offset_of;
+use cuda_std::codegen::settled;
 use cuda_std::float::{exp2, from_order_key, max, mul_add, order_key, rcp};
-use cuda_std::grid::settled;
 use cuda_std::thread::{sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_max_u32, warp_reduce_add_n, warp_shuffle_xor_n};
 
@@ -183,10 +183,7 @@ impl Walk {
                 let (value, sum) = sum_of_4_and_1(value, sum);
                 let values = broadcast_4(value * rcp(sum));
                 let to = heads + self.rank * head_dim + 4 * quad;
-                // SAFETY: the cluster has the block.
-                self.for_blocks::<WARP_SIZE>(|block| unsafe {
-                    self.heads().arrivals.send_4(block, to, values);
-                });
+                self.send_to_all(self.heads(), to, values);
                 quad += WARPS + 1;
             }
         }

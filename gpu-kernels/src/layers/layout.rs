@@ -6,7 +6,7 @@ use crate::formats::tile::{Geometry, TILE_ROWS, TILE_UNITS, aligned_bytes};
 use crate::formats::{UNIT, UNIT_WORDS, WeightFormat};
 use bytemuck::{Pod, Zeroable};
 use cuda_std::cluster::Arrivals;
-use cuda_std::grid::no_sooner;
+use cuda_std::codegen::no_sooner;
 use cuda_std::warp::WARP_SIZE;
 
 /// What is a layer's own: addresses in device memory.
@@ -43,7 +43,7 @@ pub(super) const PLACE_WORDS: u32 = 12;
 /// Quads of gate and up that make a unit of hidden values: a block makes whole ones.
 pub(super) const HIDDEN_QUADS: u32 = UNIT as u32 / 2;
 
-/// Most units of a row that are in registers before the vector is there, in all lanes.
+/// Most units of a row that the lanes which share it have in registers together, before the vector is there.
 pub(super) const MAX_LOADED: u32 = 48;
 /// Words beyond a vector's integers that lanes may read.
 const ROOM: u32 = MAX_LOADED * UNIT_WORDS as u32 / 2;

@@ -12,13 +12,13 @@ use cuda_std::float::{f16_to_f32, f32_to_f16};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_shuffle_xor_n};
 
 impl Walk {
-    /// Calls `send` for each block that one of `GROUP` lanes sends to, where they all send to all blocks.
+    /// Sends four values that all lanes of a warp have to word `to`, a multiple of 4, of all blocks, a lane to one of them each.
     #[inline(always)]
-    pub(super) fn for_blocks<const GROUP: u32>(self, send: impl Fn(u32)) {
-        let mut block = self.lane % GROUP;
-        while block < BLOCKS {
-            send(block);
-            block += GROUP;
+    pub(super) fn send_to_all(self, mail: Mail, to: u32, values: [f32; 4]) {
+        const { assert!(BLOCKS <= WARP_SIZE) };
+        if self.lane < BLOCKS {
+            // SAFETY: the cluster has the block, and expects the mail.
+            unsafe { mail.arrivals.send_4(self.lane, to, values) };
         }
     }
 
@@ -138,9 +138,6 @@ impl Walk {
     /// Sends a quad of rows of the hidden state, of which eight lanes each have one, to where word `to` is in all blocks.
     #[inline(always)]
     pub(super) fn send_rows(self, mail: Mail, to: u32, turn: Turn, value: f32) {
-        let to = to + turn.quad * TILE_ROWS as u32;
-        let values = broadcast_4(value);
-        // SAFETY: the cluster has the block.
-        self.for_blocks::<WARP_SIZE>(|block| unsafe { mail.arrivals.send_4(block, to, values) });
+        self.send_to_all(mail, to + turn.quad * TILE_ROWS as u32, broadcast_4(value));
     }
 }

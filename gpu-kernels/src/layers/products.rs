@@ -6,8 +6,8 @@ use super::{BLOCK_DIM, BLOCKS, DOWN, GATE_UP, WARPS};
 use crate::activations::Q8_1Unit;
 use crate::formats::tile::{TILE_ROWS, TILE_UNITS};
 use crate::formats::{InPlanes, LaneInTile, UNIT, UNIT_WORDS, WeightUnit, half_sums};
+use cuda_std::codegen::settled;
 use cuda_std::float::{abs, low_bits_of_integer, max, mul_add, rcp, rsqrt};
-use cuda_std::grid::settled;
 use cuda_std::thread::sync_threads;
 use cuda_std::warp::{
     FULL_MASK, WARP_SIZE, warp_max_u32, warp_reduce_add, warp_shuffle_idx, warp_shuffle_xor_n, warp_sum_u32,

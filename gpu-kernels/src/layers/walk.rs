@@ -6,7 +6,7 @@ use crate::formats::UNIT;
 use crate::formats::tile::TILE_ROWS;
 use core::mem::offset_of;
 use cuda_std::cluster::{Arrivals, block_rank};
-use cuda_std::grid::{no_sooner, settled};
+use cuda_std::codegen::{no_sooner, settled, unforeseen};
 use cuda_std::shared::DynamicShared;
 use cuda_std::warp::WARP_SIZE;
 
@@ -225,14 +225,5 @@ impl Walk {
                 }
             }
         }
-    }
-}
-
-/// The value, as neither compiler nor assembler can know it beforehand: by way of a shuffle. All lanes of a warp make this call together.
-#[inline(always)]
-fn unforeseen(value: u32) -> u32 {
-    cfg_select! {
-        target_arch = "nvptx64" => cuda_std::warp::warp_shuffle_xor(cuda_std::warp::FULL_MASK, value, 0, WARP_SIZE),
-        _ => value,
     }
 }
