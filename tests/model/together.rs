@@ -112,14 +112,26 @@ fn run(device: &Device, shape: &'static Shape, n_tokens: u32) {
     }
 }
 
+// A test each, since compute-sanitizer's racecheck takes minutes for one of them.
+
 #[test]
-fn all_layers_in_one_launch_are_near_f64() {
-    for device in devices() {
-        run(device, &SMALL, 8);
-        run(device, &WIDE, 40);
-        run(device, &WIDE_Q8_0, 8);
-        run(device, &LONG_HEADS, 40);
-    }
+fn all_layers_of_a_small_model_are_near_f64() {
+    devices().iter().for_each(|device| run(device, &SMALL, 8));
+}
+
+#[test]
+fn all_layers_of_a_wide_model_are_near_f64() {
+    devices().iter().for_each(|device| run(device, &WIDE, 40));
+}
+
+#[test]
+fn all_layers_of_a_wide_model_in_q8_0_are_near_f64() {
+    devices().iter().for_each(|device| run(device, &WIDE_Q8_0, 8));
+}
+
+#[test]
+fn all_layers_with_long_heads_are_near_f64() {
+    devices().iter().for_each(|device| run(device, &LONG_HEADS, 40));
 }
 
 /// Sessions go that way where it is faster, and the logits are as good as the others'.
