@@ -400,6 +400,38 @@ impl<T: SharedValue> DynamicShared<T> {
         }
     }
 
+    /// The element at byte `byte`, a multiple of its size: of an address in bytes that is a sum, its parts stay apart, where an
+    /// index would have to be made of the sum.
+    #[inline(always)]
+    #[track_caller]
+    pub fn get_at(self, byte: u32) -> T {
+        self.check_at(byte, 1);
+        // SAFETY: the element is inside the array.
+        unsafe { T::load(element::<u8>(self.address(), byte as usize)) }
+    }
+
+    /// Likewise four elements, at a multiple of their size, in one access.
+    #[inline(always)]
+    #[track_caller]
+    pub fn get4_at(self, byte: u32) -> [T; 4]
+    where
+        T: SharedWord,
+    {
+        self.check_at(byte, 4);
+        // SAFETY: the elements are inside the array, which starts at a multiple of 16.
+        unsafe { T::load4(element::<u8>(self.address(), byte as usize)) }
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn check_at(self, byte: u32, count: usize) {
+        if cfg!(any(not(target_arch = "nvptx64"), debug_assertions)) {
+            let (index, rest) = (byte as usize / size_of::<T>(), byte as usize % size_of::<T>());
+            assert!(rest == 0, "misaligned: an access to values of {} bytes at byte {byte}", size_of::<T>());
+            check(index, count, self.len());
+        }
+    }
+
     /// Copies `bytes` bytes to element `index` and on.
     ///
     /// # Safety

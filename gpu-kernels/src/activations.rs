@@ -10,9 +10,12 @@
 use crate::formats::tile::TILE_UNITS;
 use crate::formats::{UNIT, UNIT_WORDS, WeightUnit, half_sums};
 use crate::gemv::input::Input;
-use crate::operand::octet_of;
+use crate::operand::{SCALE, octet_of};
 use bytemuck::{Pod, Zeroable};
-use cuda_std::float::{abs, bf16x2_max, bf16x2_to_f32, low_bits_of_integer, max, mul_add};
+use cuda_std::float::{
+    abs, div_normal, f16x2_max_magnitudes, f16x2_to_bytes, f16x2_to_f32, f32_to_f16x2, low_bits_of_integer,
+    max, mul_add, rcp,
+};
 use cuda_std::intrinsics::low_bytes;
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4};
 use cuda_std::warp::{FULL_MASK, warp_reduce_max};
@@ -60,7 +63,7 @@ pub fn quantize([a, b, c, d, e, f, g, h]: [f32; OCTET]) -> Quantized {
 fn inverse(amax: f32) -> f32 {
     // Blocks of less than any number that matters are 0. Rounded as IEEE 754 says: values that are half of the largest one lie
     // in the middle between two integers, and should go the same way on every device.
-    if amax > 1e-36 { 127.0 / amax } else { 0.0 }
+    if amax > 1e-36 { div_normal(127.0, amax) } else { 0.0 }
 }
 
 /// Four values, times `inverse`, as integers.
@@ -115,28 +118,45 @@ impl Q8_1Unit {
         Self { quants, d, d_sum: d * (sums[0] + sums[1]) as f32, sums }
     }
 
-    /// Of 32 bfloat16, two to a word.
+    /// Of 32 columns of an operand, two to a word.
+    ///
+    /// The factor is an f16 as well, and `d` its inverse: so the integers are the nearest ones, but the largest magnitude may
+    /// become 126 or 127 by a hair.
     #[inline(always)]
     fn quantize(pairs: [u32; UNIT / 2]) -> Self {
-        const MAGNITUDES: u32 = 0x7fff_7fff;
         let mut largest = 0;
         let mut i = 0;
         while i < UNIT / 2 {
-            largest = bf16x2_max(largest, pairs[i] & MAGNITUDES);
+            largest = f16x2_max_magnitudes(largest, pairs[i]);
             i += 1;
         }
-        let [low, high] = bf16x2_to_f32(largest);
+        let [low, high] = f16x2_to_f32(largest);
         let amax = max(low, high);
-        let inverse = inverse(amax);
+        // Of small numbers no f16 is the inverse: they are raised first.
+        let (raise, raises, lower) = if amax < 2.0 {
+            (RAISE, f16_twice(0x7800), 1.0 / (RAISE * SCALE))
+        } else {
+            (1.0, f16_twice(0x3c00), 1.0 / SCALE)
+        };
+        let factor = if amax > 0.0 { div_normal(127.0, amax * raise) } else { 0.0 };
+        let factors = f32_to_f16x2(factor, factor);
+        let [factor, _] = f16x2_to_f32(factors);
         let mut words = [0; UNIT_WORDS];
         let mut i = 0;
         while i < UNIT_WORDS {
-            let ([a, b], [c, d]) = (bf16x2_to_f32(pairs[2 * i]), bf16x2_to_f32(pairs[2 * i + 1]));
-            words[i] = word_of([a, b, c, d], inverse);
+            words[i] = f16x2_to_bytes([pairs[2 * i], pairs[2 * i + 1]], raises, factors);
             i += 1;
         }
-        Self::new(words, amax * (1.0 / 127.0))
+        Self::new(words, if amax > 0.0 { lower * rcp(factor) } else { 0.0 })
     }
+}
+
+/// What small numbers are multiplied with before their factor is.
+const RAISE: f32 = 32_768.0;
+
+/// An f16, 1 and [`RAISE`] here, in both halves of a word.
+const fn f16_twice(bits: u32) -> u32 {
+    bits << 16 | bits
 }
 
 /// A unit of a vector in Q8_1 on its way from device memory: nothing has looked at it yet.
@@ -169,8 +189,49 @@ impl FetchedQ8_1 {
     }
 }
 
+/// Q8_1 of an operand.
+#[derive(Clone, Copy, Debug)]
+pub struct OfOperand;
+
+impl Activations for OfOperand {
+    type Fetched = [u32; UNIT / 2];
+    type Unit = Q8_1Unit;
+
+    #[inline(always)]
+    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [u32; UNIT / 2] {
+        // SAFETY: the caller's promise.
+        unsafe { fetch_operand(input, tile, unit) }
+    }
+
+    #[inline(always)]
+    fn unit(_input: &Input, words: [u32; UNIT / 2]) -> Q8_1Unit {
+        Q8_1Unit::quantize(words)
+    }
+
+    #[inline(always)]
+    fn dot<W: WeightUnit>(weights: &W, x: &Q8_1Unit, sum: f32) -> f32 {
+        weights.dot_q8_1(x, sum)
+    }
+}
+
+/// Asks for the 32 columns of unit `unit` of those that meet tile `tile`.
+///
+/// # Safety
+/// The input must be an operand that has the unit.
+#[inline(always)]
+unsafe fn fetch_operand(input: &Input, tile: u32, unit: u32) -> [u32; UNIT / 2] {
+    let (tile, unit) = (tile as usize, unit as usize);
+    // SAFETY: the unit is inside the vector, as the caller vouches.
+    let part = |i: usize| unsafe {
+        let parts = input.words.cast::<[u32; 4]>();
+        ld_global_u32x4(parts.add((tile * UNIT_OCTETS + i) * TILE_UNITS + unit))
+    };
+    let ([a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]) = (part(0), part(1), part(2), part(3));
+    [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+}
+
 impl Activations for Q8_1 {
-    /// Of an operand 32 bfloat16, of Q8_1 eight words of integers and a factor.
+    /// Of an operand 32 columns, of Q8_1 eight words of integers and a factor.
     type Fetched = [u32; UNIT / 2];
     type Unit = Q8_1Unit;
 
@@ -183,13 +244,8 @@ impl Activations for Q8_1 {
                 unsafe { FetchedQ8_1::fetch(input.quants, input.scales, tile * TILE_UNITS + unit) };
             return [a, b, c, d, e, f, g, h, scale.to_bits(), 0, 0, 0, 0, 0, 0, 0];
         }
-        // SAFETY: the unit is inside the vector, as the caller vouches.
-        let part = |i: usize| unsafe {
-            let parts = input.words.cast::<[u32; 4]>();
-            ld_global_u32x4(parts.add((tile * UNIT_OCTETS + i) * TILE_UNITS + unit))
-        };
-        let ([a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]) = (part(0), part(1), part(2), part(3));
-        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+        // SAFETY: the caller's promise.
+        unsafe { fetch_operand(input, tile as u32, unit as u32) }
     }
 
     #[inline(always)]

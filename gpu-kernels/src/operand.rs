@@ -1,7 +1,7 @@
 //! A vector as a matrix-vector product reads it, left by whatever makes the vector.
 //!
-//! The values are rounded to bfloat16, times the factors of the norm that comes before the product, if one does (what every
-//! block of a product has to read is half as much then, and no block has to read the factors). They lie unit by unit like a
+//! The values are rounded to f16, times the factors of the norm that comes before the product, if one does (what every block of a
+//! product has to read is half as much then, and no block has to read the factors), and times [`SCALE`]. They lie unit by unit like a
 //! tile's: of the 32 units that meet a tile first the first eight columns of each, then the next eight ..., so that the
 //! lanes of a warp read neighbouring 16 bytes. Beside them lie sums of the squares of the values before they were multiplied,
 //! one for each quad of rows or block that has made some of them: the norm's own factor is a matter of the products' end.
@@ -10,11 +10,16 @@ use crate::activations::OCTET;
 use crate::block::block_sum;
 use crate::formats::UNIT;
 use crate::formats::tile::TILE_UNITS;
-use cuda_std::float::f32_to_bf16x2;
+use cuda_std::float::f32_to_f16x2_saturating;
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::thread::{block_idx_x, index_1d, thread_idx_x};
 use cuda_std::{kernel, shared_array};
+
+/// What values are multiplied with: an operand has numbers up to a million, where an f16 has them up to 65,504, in steps of a millionth
+/// where they are smallest. Larger ones become as large as there are. Models whose hidden states have values of some ten thousand are
+/// known (Sun et al., 2024).
+pub const SCALE: f32 = 1.0 / 16.0;
 
 /// Columns of a tile: operands are filled up to a multiple of as many.
 pub const TILE_COLUMNS: usize = TILE_UNITS * UNIT;
@@ -64,7 +69,13 @@ impl Operand {
     /// Four columns as an operand holds them.
     #[inline(always)]
     pub fn words_of_4([a, b, c, d]: [f32; 4]) -> u64 {
-        u64::from(f32_to_bf16x2(a, b)) | u64::from(f32_to_bf16x2(c, d)) << 32
+        u64::from(Self::word_of_2(a, b)) | u64::from(Self::word_of_2(c, d)) << 32
+    }
+
+    /// Two columns as an operand holds them.
+    #[inline(always)]
+    pub fn word_of_2(a: f32, b: f32) -> u32 {
+        f32_to_f16x2_saturating(a * SCALE, b * SCALE)
     }
 
     /// Leaves four columns from `column` on, a multiple of 4.
@@ -83,7 +94,7 @@ impl Operand {
     /// As [`store_4`](Self::store_4).
     #[inline(always)]
     pub unsafe fn store_8(self, column: usize, [a, b, c, d, e, f, g, h]: [f32; OCTET]) {
-        let words = [f32_to_bf16x2(a, b), f32_to_bf16x2(c, d), f32_to_bf16x2(e, f), f32_to_bf16x2(g, h)];
+        let words = [(a, b), (c, d), (e, f), (g, h)].map(|(a, b)| Self::word_of_2(a, b));
         // SAFETY: the caller's promise.
         unsafe { st_global_u32x4(self.words.add(place_of(column) / 2).cast(), words) };
     }

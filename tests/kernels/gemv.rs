@@ -169,13 +169,17 @@ pub(super) fn operand(
     operand
 }
 
-/// The vector that an operand and Q8_1 make of `x`, block by block; in f32 where a tie would otherwise round the other way.
+/// The vector that an operand and Q8_1 make of `x`, block by block: an f16 is what the values are multiplied with, or, where they are
+/// small, `1 / 32768` of it.
 fn rounded(x: &[f32]) -> Vec<f64> {
     let x = nearest(x);
     let round = |block: &[f32]| -> Vec<f64> {
-        let amax = block.iter().fold(0.0f32, |max, v| max.max(v.abs()));
-        let inverse = if amax > 0.0 { 127.0 / amax } else { 0.0 };
-        block.iter().map(|v| f64::from((v * inverse).round_ties_even()) * f64::from(amax / 127.0)).collect()
+        let amax = block.iter().fold(0.0f64, |max, &v| max.max(f64::from(v.abs() / 16.0)));
+        let raise = if amax < 2.0 { 32_768.0 } else { 1.0 };
+        let factor =
+            if amax > 0.0 { f16::from_f64(127.0 / (amax * raise)).to_f64() * raise / 16.0 } else { 0.0 };
+        let round = |v: f64| (v * factor).round_ties_even() / factor;
+        block.iter().map(|&v| if factor == 0.0 { 0.0 } else { round(f64::from(v)) }).collect()
     };
     x.chunks(32).flat_map(round).collect()
 }
@@ -205,7 +209,7 @@ fn gemv_normalises_and_quantizes_its_input() {
         let (expected, size) = product(&case.weights, &rounded(&case.x));
         assert_close(&run(Input::Operand(&plain), None), &expected, 3e-6, size, &case.what);
 
-        // The kernel quantizes x * gamma, rounded to bfloat16, and applies the norm's factor to the products.
+        // The kernel quantizes x * gamma, rounded to f16, and applies the norm's factor to the products.
         let scaled: Vec<f32> = case.x.iter().zip(&gamma).map(|(x, g)| x * g).collect();
         let factor = exact.iter().map(|v| v * v).sum::<f64>().sqrt()
             / scaled.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();

@@ -14,7 +14,7 @@ mod random;
 mod read;
 mod sample;
 
-use half::bf16;
+use half::f16;
 use host::device::{Buffer, Device, DeviceChoice};
 use std::sync::OnceLock;
 
@@ -94,9 +94,9 @@ impl Guarded {
     }
 }
 
-/// The nearest bfloat16 of each value.
+/// What an operand has of each value: the nearest f16 of a sixteenth, times 16.
 pub fn nearest(values: &[f32]) -> Vec<f32> {
-    values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect()
+    values.iter().map(|&value| f16::from_f32(value / 16.0).to_f32() * 16.0).collect()
 }
 
 /// `sum (a - b)^2 / sum b^2`.

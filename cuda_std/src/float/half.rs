@@ -74,6 +74,81 @@ pub fn f32_to_f16x2(low: f32, high: f32) -> u32 {
     }
 }
 
+/// Likewise, but the largest f16 there is, 65,504, for all beyond it.
+#[inline(always)]
+pub fn f32_to_f16x2_saturating(low: f32, high: f32) -> u32 {
+    cfg_select! {
+        // From PTX 8.1 on.
+        cuda_sm_90a => ptx!("cvt.rn.satfinite.f16x2.f32", high, low),
+        _ => {
+            const MOST: f32 = 65_504.0;
+            let saturate = |value: f32| super::max(super::min(value, MOST), -MOST);
+            f32_to_f16x2(saturate(low), saturate(high))
+        }
+    }
+}
+
+/// The two numbers in a word, the lower half first. Exact.
+#[inline(always)]
+pub fn f16x2_to_f32(word: u32) -> [f32; 2] {
+    [f16_to_f32(word as u16), f16_to_f32((word >> 16) as u16)]
+}
+
+/// The larger magnitude of both lower and of both upper numbers.
+#[inline(always)]
+pub fn f16x2_max_magnitudes(a: u32, b: u32) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            let (a, b): (u32, u32) = (ptx!("abs.f16x2", a), ptx!("abs.f16x2", b));
+            ptx!("max.f16x2", a, b)
+        }
+        _ => {
+            // Magnitudes are in the order of their bits.
+            let (a, b) = (a & 0x7fff_7fff, b & 0x7fff_7fff);
+            (a & 0xffff).max(b & 0xffff) | (a & 0xffff_0000).max(b & 0xffff_0000)
+        }
+    }
+}
+
+/// The integers nearest to four numbers, two in each word, times `raise` times `factor`, the even one of two that are equally near: a
+/// byte each, the lower half of `a` first.
+///
+/// `raise` and `factor` have the bits of an f16 in both halves. What a number becomes times `raise`, a power of two, has to be an
+/// f16, and the integer goes from -128 to 127. On a GPU both numbers of a word are worked out at a time: what is added to their products
+/// leaves the integer in the mantissa.
+#[inline(always)]
+pub fn f16x2_to_bytes([a, b]: [u32; 2], raise: u32, factor: u32) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            // 1,536 in both halves.
+            const INTEGERS: u32 = 0x6600_6600;
+            let integers = |word: u32| -> u32 {
+                let raised: u32 = ptx!("mul.rn.f16x2", word, raise);
+                ptx!("fma.rn.f16x2", raised, factor, INTEGERS)
+            };
+            let (a, b) = (integers(a), integers(b));
+            let bytes;
+            // SAFETY: arithmetic alone.
+            unsafe {
+                core::arch::asm!(
+                    "prmt.b32 {bytes}, {a}, {b}, 0x6420;",
+                    bytes = out(reg32) bytes,
+                    a = in(reg32) a,
+                    b = in(reg32) b,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            bytes
+        }
+        _ => {
+            // Two f16 have a product that an f32 has as well.
+            let factor = f16_to_f32(raise as u16) * f16_to_f32(factor as u16);
+            let ([a, b], [c, d]) = (f16x2_to_f32(a), f16x2_to_f32(b));
+            crate::intrinsics::low_bytes([a, b, c, d].map(|x| super::low_bits_of_integer(x * factor)))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

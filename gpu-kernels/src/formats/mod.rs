@@ -185,53 +185,37 @@ impl WeightUnit for NibbleUnit {
     }
 }
 
-/// A unit of an integer format: `w = scale * (q - OFFSET)`, with one scale or with one for each half.
+/// A unit of signed bytes: `w = scale * q`.
 #[derive(Clone, Copy, Debug)]
-pub struct IntegerUnit<const OFFSET: i32, const SCALES: usize> {
-    /// The integers, four signed bytes to a word, lowest column in the lowest byte.
+pub struct ByteUnit {
+    /// The integers, four to a word, lowest column in the lowest byte.
     pub quants: [i32; UNIT_WORDS],
-    /// The factors.
-    pub scales: [f32; SCALES],
+    /// The factor.
+    pub scale: f32,
 }
 
-impl<const OFFSET: i32, const SCALES: usize> WeightUnit for IntegerUnit<OFFSET, SCALES> {
-    /// An integer becomes a number whose mantissa holds it: `64 + q` where it is below 64, `2^23 + 128 + q` where it has a
-    /// sign. What is too much is subtracted.
+impl WeightUnit for ByteUnit {
+    /// An integer `q` becomes the number `2^23 + 128 + q`, whose mantissa ends with it; what is too much is subtracted.
     #[inline(always)]
     fn dequantize(&self) -> [f32; UNIT] {
-        const LEADING_ONES: u32 = 0x8080_8080;
-        let words = self.quants.map(|word| {
-            if OFFSET == 0 { word as u32 ^ LEADING_ONES } else { (word as u32) << 1 | LEADING_ONES }
-        });
+        let words = self.quants.map(|word| word as u32 ^ 0x8080_8080);
         let mut weights = [0.0; UNIT];
         let mut i = 0;
         while i < UNIT {
-            let (word, byte) = (words[i / 4], i as u32 % 4);
-            let scale = self.scales[i * SCALES / UNIT];
-            let q = if OFFSET == 0 {
-                byte_as_mantissa(word, byte, 0x4b) - 8_388_736.0
-            } else {
-                byte_below_exponent(word, byte, 0x42) - (64 + OFFSET) as f32
-            };
-            weights[i] = scale * q;
+            weights[i] = self.scale * (byte_as_mantissa(words[i / 4], i as u32 % 4, 0x4b) - 8_388_736.0);
             i += 1;
         }
         weights
     }
 
-    /// `scale * d8 * dot(q - OFFSET, q8)` for each scale.
+    /// `scale * d8 * dot(q, q8)`.
     #[inline(always)]
     fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
         let [q0, q1, q2, q3, q4, q5, q6, q7] = self.quants;
         let [x0, x1, x2, x3, x4, x5, x6, x7] = x.quants;
-        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3], -OFFSET * x.sums[0]);
-        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7], -OFFSET * x.sums[1]);
-        if SCALES == 1 {
-            mul_add(self.scales[0], x.d * (low + high) as f32, sum)
-        } else {
-            let both = mul_add(self.scales[0], low as f32, self.scales[SCALES - 1] * high as f32);
-            mul_add(x.d, both, sum)
-        }
+        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3], 0);
+        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7], 0);
+        mul_add(self.scale, x.d * (low + high) as f32, sum)
     }
 }
 

@@ -1,9 +1,12 @@
 //! Q6_K: 256 weights of 6 bits in sixteen runs of 16, each with a signed 8-bit scale; `w = d * sc * (q - 32)`
 //! (llama.cpp, ggml-common.h).
 
-use super::{Format, IntegerUnit, Place, WeightFormat, half_of_row, read_u16, tile::TileSource};
-use cuda_std::float::f16_to_f32;
-use cuda_std::intrinsics::signed_byte;
+use super::{
+    Format, Place, UNIT, UNIT_WORDS, WeightFormat, WeightUnit, half_of_row, read_u16, tile::TileSource,
+};
+use crate::activations::Q8_1Unit;
+use cuda_std::float::{f16_to_f32, mul_add};
+use cuda_std::intrinsics::{byte_below_exponent, dp4a_sum, signed_byte};
 
 /// 6-bit weights in super-blocks of 256.
 ///
@@ -49,15 +52,54 @@ fn unpack_words([w0, w1, w2]: [u32; 3]) -> [i32; 4] {
     [w0 & SIX_BITS, w1 & SIX_BITS, w2 & SIX_BITS, w3].map(|word| word as i32)
 }
 
+/// A unit of two runs of 16 weights: `w = d * scale * (q - 32)`.
+#[derive(Clone, Copy, Debug)]
+pub struct SixBitUnit {
+    /// The integers from 0 to 63, four to a word, lowest column in the lowest byte.
+    pub quants: [i32; UNIT_WORDS],
+    /// The factor of both runs.
+    pub d: f32,
+    /// That of each, from -128 to 127.
+    pub scales: [i32; 2],
+}
+
+impl WeightUnit for SixBitUnit {
+    /// An integer `q` becomes the number `64 + q`, whose mantissa starts with it; what is too much is subtracted.
+    #[inline(always)]
+    fn dequantize(&self) -> [f32; UNIT] {
+        let words = self.quants.map(|word| (word as u32) << 1 | 0x8080_8080);
+        let [low, high] = self.scales.map(|scale| self.d * scale as f32);
+        let mut weights = [0.0; UNIT];
+        let mut i = 0;
+        while i < UNIT {
+            let scale = if i < UNIT / 2 { low } else { high };
+            weights[i] = scale * (byte_below_exponent(words[i / 4], i as u32 % 4, 0x42) - 96.0);
+            i += 1;
+        }
+        weights
+    }
+
+    /// `d * d8 * sum(scale * dot(q - 32, q8))` over both runs.
+    #[inline(always)]
+    fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
+        let [q0, q1, q2, q3, q4, q5, q6, q7] = self.quants;
+        let [x0, x1, x2, x3, x4, x5, x6, x7] = x.quants;
+        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3], -32 * x.sums[0]);
+        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7], -32 * x.sums[1]);
+        // At most 2 * 128 * 16 * 32 * 127, less than the 2^24 up to which an f32 has every integer.
+        let both = self.scales[0] * low + self.scales[1] * high;
+        mul_add(self.d, x.d * both as f32, sum)
+    }
+}
+
 impl WeightFormat for Q6_K {
     const FORMAT: Format = Format::Q6_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 210;
     // On older GPUs that would be a few registers too many.
     const IN_PAIRS: bool = cfg!(any(cuda_sm_90, not(target_arch = "nvptx64")));
-    // On GPUs newer than Hopper some would be spilled.
-    const IN_PAIRS_OF_THREE: bool = cfg!(any(cuda_sm_90a, not(target_arch = "nvptx64")));
-    type Unit = IntegerUnit<32, 2>;
+    const IN_PAIRS_OF_THREE: bool = false;
+    type Unit = SixBitUnit;
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
@@ -101,9 +143,9 @@ impl WeightFormat for Q6_K {
         let [w4, w5] = if place.row.is_multiple_of(2) { [last[0], last[1]] } else { [last[2], last[3]] };
         let scales = tile.u32x2(place.n_units * SCALES + place.unit * 8);
         let scales = if place.row < 2 { scales[0] } else { scales[1] };
-        let scale = |half: u32| signed_byte(scales, place.row as u32 % 2 * 2 + half) as f32;
+        let scale = |half: u32| signed_byte(scales, place.row as u32 % 2 * 2 + half);
         let d = f16_to_f32(half_of_row(tile.u32x2(place.n_units * D + place.unit / 8 * 8), place.row));
         let ([q0, q1, q2, q3], [q4, q5, q6, q7]) = (unpack_words([w0, w1, w2]), unpack_words([w3, w4, w5]));
-        IntegerUnit { quants: [q0, q1, q2, q3, q4, q5, q6, q7], scales: [d * scale(0), d * scale(1)] }
+        SixBitUnit { quants: [q0, q1, q2, q3, q4, q5, q6, q7], d, scales: [scale(0), scale(1)] }
     }
 }

@@ -1,7 +1,7 @@
 //! Q8_0: 32 signed bytes and one scale; `w = d * q` (llama.cpp, ggml-common.h).
 
 use super::{
-    Format, InPlanes, IntegerUnit, LaneInTile, Place, WeightFormat, half_of_row, read_u16, read_u32,
+    ByteUnit, Format, InPlanes, LaneInTile, Place, WeightFormat, half_of_row, read_u16, read_u32,
     tile::TileSource,
 };
 use cuda_std::float::f16_to_f32;
@@ -18,7 +18,7 @@ impl WeightFormat for Q8_0 {
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 34;
     const IN_PAIRS: bool = false;
-    type Unit = IntegerUnit<0, 1>;
+    type Unit = ByteUnit;
 
     #[inline(always)]
     fn tile_bytes(n_units: usize) -> usize {
@@ -57,10 +57,10 @@ impl InPlanes for Q8_0 {
     }
 
     #[inline(always)]
-    fn unit(([low, high], scale): Self::Fetched) -> IntegerUnit<0, 1> {
-        IntegerUnit {
+    fn unit(([low, high], scale): Self::Fetched) -> ByteUnit {
+        ByteUnit {
             quants: core::array::from_fn(|i| if i < 4 { low[i] } else { high[i - 4] } as i32),
-            scales: [f16_to_f32(scale)],
+            scale: f16_to_f32(scale),
         }
     }
 }

@@ -84,30 +84,30 @@ pub trait TileSource: Copy {
 pub struct SharedTile {
     /// The launch's shared memory.
     pub memory: DynamicShared<u32>,
-    /// Where the tile starts, in words; a multiple of 4.
-    pub start: usize,
+    /// The byte at which the tile starts, a multiple of [`ALIGNMENT`].
+    pub start: u32,
 }
 
 impl TileSource for SharedTile {
     #[inline(always)]
     fn u16(self, offset: usize) -> u16 {
-        self.memory.view::<u16>().get(2 * self.start + offset / 2)
+        self.memory.view::<u16>().get_at(self.start + offset as u32)
     }
 
     #[inline(always)]
     fn u32(self, offset: usize) -> u32 {
-        self.memory.get(self.start + offset / 4)
+        self.memory.get_at(self.start + offset as u32)
     }
 
     #[inline(always)]
     fn u32x2(self, offset: usize) -> [u32; 2] {
-        let both = self.memory.view::<u64>().get(self.start / 2 + offset / 8);
+        let both = self.memory.view::<u64>().get_at(self.start + offset as u32);
         [both as u32, (both >> 32) as u32]
     }
 
     #[inline(always)]
     fn u32x4(self, offset: usize) -> [u32; 4] {
-        self.memory.get4(self.start + offset / 4)
+        self.memory.get4_at(self.start + offset as u32)
     }
 }
 

@@ -9,7 +9,7 @@ use crate::rope::rotate;
 use crate::step::Step;
 use core::ptr;
 use cuda_std::codegen::settled;
-use cuda_std::float::{f32_to_bf16x2, f32_to_f16};
+use cuda_std::float::f32_to_f16;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::shared::DynamicShared;
 use half::f16;
@@ -348,7 +348,7 @@ impl Ready for SwigluReady {
             *self.y = a;
             *self.y.add(1) = b;
             if !self.operand.is_null() {
-                *self.operand = f32_to_bf16x2(a, b);
+                *self.operand = Operand::word_of_2(a, b);
             }
         }
     }

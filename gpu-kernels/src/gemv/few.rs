@@ -183,7 +183,7 @@ impl Work {
             while quad < self.n_quads {
                 let start = quad * self.quad_bytes + tile * self.tile_bytes;
                 self.copy.wait(0, start, start + bytes);
-                let source = SharedTile { memory, start: start as usize / 4 };
+                let source = SharedTile { memory, start };
                 let mut sums = [[0.0f32; TILE_ROWS]; FEW_TOKENS];
                 if lane < n_units {
                     sums = dots::<F>(source, n_units as usize, lane as usize, &x);

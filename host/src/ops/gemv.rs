@@ -79,12 +79,14 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
 }
 
-/// The kernels for an input and a matrix: of its own format where there are any that take both.
+/// The kernels for an input and a matrix: of its own format where there are any that take both. They read operands, and not vectors in
+/// Q8_1, which only steps of one kernel for each operation have.
 fn kernels(device: &Device, matrix: &Matrix, x: Input) -> (Kernels, Family) {
     if x.is_exact() {
         return (kernels::exact::KERNELS, Family::Any);
     }
-    let own = kernels::own_kernels(matrix.format()).filter(|_| !is_long(device, matrix, 1));
+    let is_operand = matches!(x, Input::Operand(_));
+    let own = kernels::own_kernels(matrix.format()).filter(|_| is_operand && !is_long(device, matrix, 1));
     own.map_or((kernels::mixed::KERNELS, Family::Any), |own| (own, Family::Own))
 }
 
@@ -93,7 +95,7 @@ fn qkv_kernel(device: &Device, matrices: [&Matrix; 3], x: Input) -> (&'static Qk
     if x.is_exact() {
         return (&kernels::exact::GEMV_QKV, Family::Any);
     }
-    let fit = matrices.iter().all(|matrix| !is_long(device, matrix, 1));
+    let fit = matches!(x, Input::Operand(_)) && matrices.iter().all(|matrix| !is_long(device, matrix, 1));
     let own = kernels::own_qkv_kernel(matrices.map(Matrix::format)).filter(|_| fit);
     own.map_or((&kernels::mixed::GEMV_QKV, Family::Any), |own| (own, Family::Own))
 }

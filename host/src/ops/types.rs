@@ -3,9 +3,10 @@
 use super::{aligned, at_least};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
+use cuda_std::float::f16x2_to_f32;
 use gpu_kernels::activations::{Q8_1_BLOCK, Q8_1Scale};
 use gpu_kernels::formats::tile::TILE_ROWS;
-use gpu_kernels::operand::{Operand as KernelOperand, TILE_COLUMNS, place_of};
+use gpu_kernels::operand::{Operand as KernelOperand, SCALE, TILE_COLUMNS, place_of};
 use gpu_kernels::rope::RopeLayout;
 
 /// A Q8_1 vector in device memory ([`gpu_kernels::activations`]).
@@ -85,9 +86,9 @@ impl Operand {
     /// When a kernel before it failed.
     pub fn to_f32(&self, device: &Device) -> Result<Vec<f32>> {
         let words = device.to_vec(&self.words)?;
-        let halves: Vec<u32> = words.iter().flat_map(|word| [word << 16, word & 0xffff_0000]).collect();
-        let n = if halves.is_empty() { 0 } else { self.len };
-        Ok((0..n).map(|column| f32::from_bits(halves[place_of(column)])).collect())
+        let values: Vec<f32> = words.into_iter().flat_map(f16x2_to_f32).collect();
+        let n = if values.is_empty() { 0 } else { self.len };
+        Ok((0..n).map(|column| values[place_of(column)] / SCALE).collect())
     }
 
     /// Waits for the device and brings the sum of the squares of the vector to be normalised.
