@@ -93,7 +93,7 @@ pub trait Activations: Copy {
     fn dot<W: WeightUnit>(weights: &W, x: &Self::Unit, sum: f32) -> f32;
 }
 
-/// Q8_1.
+/// Q8_1, of an operand or of a vector that is in Q8_1 already.
 #[derive(Clone, Copy, Debug)]
 pub struct Q8_1;
 
@@ -189,7 +189,8 @@ impl FetchedQ8_1 {
     }
 }
 
-/// Q8_1 of an operand.
+/// Q8_1 of an operand, and of nothing else: with [`Q8_1`], which looks at what the vector is, instructions would lie between those that a
+/// product waits for.
 #[derive(Clone, Copy, Debug)]
 pub struct OfOperand;
 

@@ -16,18 +16,6 @@ pub fn bf16x2_to_f32(word: u32) -> [f32; 2] {
     [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)]
 }
 
-/// The larger one of both lower and of both upper numbers. A NaN loses against a number.
-#[inline(always)]
-pub fn bf16x2_max(a: u32, b: u32) -> u32 {
-    cfg_select! {
-        target_arch = "nvptx64" => ptx!("max.bf16x2", a, b),
-        _ => {
-            let ([a_low, a_high], [b_low, b_high]) = (bf16x2_to_f32(a), bf16x2_to_f32(b));
-            a_low.max(b_low).to_bits() >> 16 | a_high.max(b_high).to_bits() & 0xffff_0000
-        }
-    }
-}
-
 #[cfg(not(target_arch = "nvptx64"))]
 #[inline(always)]
 fn round(value: f32) -> u32 {
@@ -40,18 +28,6 @@ fn round(value: f32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_larger_of_each_half() {
-        let word = |low: f32, high: f32| low.to_bits() >> 16 | high.to_bits() & 0xffff_0000;
-        for (a, b, expected) in [
-            ([1.0, -2.0], [0.5, -1.0], [1.0, -1.0]),
-            ([f32::NAN, 3.0], [-4.0, f32::NAN], [-4.0, 3.0]),
-            ([f32::INFINITY, 0.0], [1.0, f32::NEG_INFINITY], [f32::INFINITY, 0.0]),
-        ] {
-            assert_eq!(bf16x2_to_f32(bf16x2_max(word(a[0], a[1]), word(b[0], b[1]))), expected);
-        }
-    }
 
     /// Every number that lies between two bfloat16 goes to the nearer one, in the middle to the even one.
     #[test]

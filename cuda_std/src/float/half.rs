@@ -153,6 +153,46 @@ pub fn f16x2_to_bytes([a, b]: [u32; 2], raise: u32, factor: u32) -> u32 {
 mod tests {
     use super::*;
 
+    #[test]
+    fn numbers_beyond_an_f16_become_the_largest() {
+        let both = |word: u32| f16x2_to_f32(word);
+        assert_eq!(both(f32_to_f16x2_saturating(1e6, -1e30)), [65_504.0, -65_504.0]);
+        assert_eq!(both(f32_to_f16x2_saturating(65_519.0, -0.25)), [65_504.0, -0.25]);
+        assert_eq!(both(f32_to_f16x2_saturating(f32::INFINITY, f32::NEG_INFINITY)), [65_504.0, -65_504.0]);
+    }
+
+    #[test]
+    fn the_larger_magnitude_of_each_half() {
+        for (a, b, expected) in [
+            ([1.0, -2.0], [-0.5, 1.0], [1.0, 2.0]),
+            ([-0.0, 3e-7], [0.0, -2e-7], [0.0, 3e-7]),
+            ([65_504.0, 0.0], [-65_504.0, f32::NEG_INFINITY], [65_504.0, f32::INFINITY]),
+        ] {
+            let word = |[low, high]: [f32; 2]| f32_to_f16x2(low, high);
+            assert_eq!(f16x2_max_magnitudes(word(a), word(b)), word(expected), "{a:?}, {b:?}");
+        }
+    }
+
+    #[test]
+    fn products_become_the_nearest_integers() {
+        let twice = |value: f32| f32_to_f16x2(value, value);
+        for (raise, factor) in [(1.0, 12.7), (32_768.0, 0.0146), (32_768.0, 64_000.0), (1.0, 0.002)] {
+            let factor = f16_to_f32(f32_to_f16(factor));
+            for i in -127..=127i16 {
+                // The nearest f16, and those between two integers.
+                let x = |integer: f32| f16_to_f32(f32_to_f16(integer / (raise * factor)));
+                let values = [x(i.into()), x(f32::from(i) + 0.5), x(f32::from(-i)), x(f32::from(-i) - 0.5)];
+                let words = [f32_to_f16x2(values[0], values[1]), f32_to_f16x2(values[2], values[3])];
+                let bytes = f16x2_to_bytes(words, twice(raise), twice(factor)).to_le_bytes();
+                for (byte, value) in bytes.into_iter().zip(values) {
+                    let expected =
+                        (f64::from(value) * f64::from(raise) * f64::from(factor)).round_ties_even();
+                    assert_eq!(byte, expected as i64 as u8, "{value} times {raise} times {factor}");
+                }
+            }
+        }
+    }
+
     /// The definition: sign, exponent, mantissa.
     fn reference(bits: u16) -> f64 {
         let (exponent, mantissa) = (i32::from(bits >> 10 & 31), f64::from(bits & 1023));

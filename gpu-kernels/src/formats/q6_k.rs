@@ -98,6 +98,7 @@ impl WeightFormat for Q6_K {
     const BLOCK_BYTES: usize = 210;
     // On older GPUs that would be a few registers too many.
     const IN_PAIRS: bool = cfg!(any(cuda_sm_90, not(target_arch = "nvptx64")));
+    // Some would be spilled.
     const IN_PAIRS_OF_THREE: bool = false;
     type Unit = SixBitUnit;
 
