@@ -120,8 +120,8 @@ impl Q8_1Unit {
 
     /// Of 32 columns of an operand, two to a word.
     ///
-    /// The factor is an f16 as well, and `d` its inverse: so the integers are the nearest ones, but the largest magnitude may
-    /// become 126 or 127 by a hair.
+    /// The factor is an f16 as well, and `d` its inverse: so the integers are the nearest ones. The factor is off by a part in 4,096 at
+    /// most, so the largest magnitude is 127.
     #[inline(always)]
     fn quantize(pairs: [u32; UNIT / 2]) -> Self {
         let mut largest = 0;

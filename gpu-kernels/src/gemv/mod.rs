@@ -634,7 +634,7 @@ macro_rules! define_qkv {
 /// A kernel for each format: the code of one alone stays in the instruction caches from launch to launch.
 macro_rules! define_format {
     ($(($Type:ident, $module:ident))*) => {$(
-        #[doc = concat!("Q8_1 activations, ", stringify!($Type), " weights.")]
+        #[doc = concat!("Q8_1 activations of an operand, which the input has to be, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
             define_kernels!($module, 640, OfOperand, One<crate::formats::$Type>);
@@ -644,7 +644,7 @@ macro_rules! define_format {
 }
 define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 
-/// Q8_1 activations, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
+/// Q8_1 activations of an operand, which the input has to be, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
     define_qkv!(q4_k_m, 640, OfOperand, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
