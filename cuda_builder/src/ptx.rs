@@ -40,7 +40,7 @@ impl Ptx {
     }
 }
 
-/// A kernel file must name its target, hold a kernel, and call nothing that it does not define.
+/// A kernel file must name its target, hold a kernel, and have nothing but kernels: each is loaded by itself, without what it would call.
 fn check(text: &str, arch: &str) -> Result<()> {
     let target = text.lines().find_map(|line| line.trim().strip_prefix(".target ")).unwrap_or("none");
     ensure!(target.split(',').any(|part| part.trim() == arch), "it is for {target}, not for {arch}");
@@ -55,7 +55,25 @@ fn check(text: &str, arch: &str) -> Result<()> {
         "it calls functions that do not exist on the GPU: {}",
         undefined.join("; ")
     );
+    let functions: Vec<&str> = text.lines().filter_map(function_name).collect();
+    ensure!(
+        functions.is_empty(),
+        "it has functions that are no kernels, where each kernel is loaded by itself: mark them #[inline(always)], and make one of a \
+         closure that is called in several places: {}",
+        functions.join("; ")
+    );
     Ok(())
+}
+
+/// The name of a function that is no kernel, in the line that begins it.
+fn function_name(line: &str) -> Option<&str> {
+    let (before, after) = line.split_once(".func ")?;
+    let is_declaration = before.split_whitespace().all(|word| word.starts_with('.') && word != ".extern");
+    // What it returns comes first, in parentheses.
+    let name =
+        after.trim_start().strip_prefix('(').map_or(after, |rest| rest.split_once(')').map_or("", |it| it.1));
+    let name = name.trim_start().split(['(', ' ', ';']).next().unwrap_or(name);
+    (is_declaration && !name.is_empty()).then_some(name)
 }
 
 /// What a line of the assembly starts with that gives a kernel's launch bounds: `#[kernel(launch_bounds(..))]` writes
@@ -126,5 +144,19 @@ mod tests {
         assert!(check(HEAD, "sm_90").unwrap_err().to_string().contains("no kernel"));
         let text = format!("{text}.extern .func (.param .b32 r) expf\n");
         assert!(check(&text, "sm_90").unwrap_err().to_string().contains("expf"));
+    }
+
+    #[test]
+    fn functions_that_are_no_kernels_are_refused() {
+        let kernel = format!("{HEAD}// the .func of a comment\n.visible .entry a(\n");
+        assert!(check(&kernel, "sm_90").is_ok());
+        for (line, name) in [
+            (".func _RNCNvMs_8multiply0B5_", "_RNCNvMs_8multiply0B5_"),
+            (".visible .func (.param .b32 r) square(", "square"),
+            (".weak .func  cube(.param .b32 x);", "cube"),
+        ] {
+            let error = check(&format!("{kernel}{line}\n"), "sm_90").unwrap_err().to_string();
+            assert!(error.ends_with(&format!(": {name}")), "{line}: {error}");
+        }
     }
 }
