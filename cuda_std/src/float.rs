@@ -6,43 +6,17 @@
 /// One PTX instruction of one operand or two.
 #[cfg(target_arch = "nvptx64")]
 macro_rules! ptx {
-    ($instruction:literal, $x:expr) => {{
+    (@operand $x:expr) => {
+        ", {}"
+    };
+    ($instruction:literal $(, $x:expr)+) => {{
         let result;
         // SAFETY: arithmetic alone.
         unsafe {
             core::arch::asm!(
-                concat!($instruction, " {result}, {x};"),
-                result = out(reg32) result,
-                x = in(reg32) $x,
-                options(pure, nomem, nostack, preserves_flags),
-            );
-        }
-        result
-    }};
-    ($instruction:literal, $a:expr, $b:expr) => {{
-        let result;
-        // SAFETY: arithmetic alone.
-        unsafe {
-            core::arch::asm!(
-                concat!($instruction, " {result}, {a}, {b};"),
-                result = out(reg32) result,
-                a = in(reg32) $a,
-                b = in(reg32) $b,
-                options(pure, nomem, nostack, preserves_flags),
-            );
-        }
-        result
-    }};
-    ($instruction:literal, $a:expr, $b:expr, $c:expr) => {{
-        let result;
-        // SAFETY: arithmetic alone.
-        unsafe {
-            core::arch::asm!(
-                concat!($instruction, " {result}, {a}, {b}, {c};"),
-                result = out(reg32) result,
-                a = in(reg32) $a,
-                b = in(reg32) $b,
-                c = in(reg32) $c,
+                concat!($instruction, " {}" $(, ptx!(@operand $x))+, ";"),
+                out(reg32) result,
+                $(in(reg32) $x,)+
                 options(pure, nomem, nostack, preserves_flags),
             );
         }
@@ -123,8 +97,8 @@ pub fn rcp(x: f32) -> f32 {
     }
 }
 
-/// `a / b`, correctly rounded, for `b` from 2^-126 to 2^126 and quotients of which neither they nor what is left of them is below
-/// 2^-126: on a GPU six instructions, where those that a division has for the others are four times as many, with a branch.
+/// `a / b`, correctly rounded, for `b` from 2^-126 to 2^126 and where neither the quotient nor what it leaves of `a` is below 2^-126.
+/// On a GPU this is a division without its branch for all other numbers.
 #[inline(always)]
 pub fn div_normal(a: f32, b: f32) -> f32 {
     cfg_select! {

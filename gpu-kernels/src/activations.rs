@@ -19,6 +19,7 @@ use cuda_std::float::{
 use cuda_std::intrinsics::low_bytes;
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4};
 use cuda_std::warp::{FULL_MASK, warp_reduce_max};
+use half::f16;
 
 /// Values in a Q8_1 block.
 pub const Q8_1_BLOCK: usize = UNIT;
@@ -134,9 +135,9 @@ impl Q8_1Unit {
         let amax = max(low, high);
         // Of small numbers no f16 is the inverse: they are raised first.
         let (raise, raises, lower) = if amax < 2.0 {
-            (RAISE, f16_twice(0x7800), 1.0 / (RAISE * SCALE))
+            (RAISE, f16_twice(RAISE), 1.0 / (RAISE * SCALE))
         } else {
-            (1.0, f16_twice(0x3c00), 1.0 / SCALE)
+            (1.0, f16_twice(1.0), 1.0 / SCALE)
         };
         let factor = if amax > 0.0 { div_normal(127.0, amax * raise) } else { 0.0 };
         let factors = f32_to_f16x2(factor, factor);
@@ -154,9 +155,9 @@ impl Q8_1Unit {
 /// What small numbers are multiplied with before their factor is.
 const RAISE: f32 = 32_768.0;
 
-/// An f16, 1 and [`RAISE`] here, in both halves of a word.
-const fn f16_twice(bits: u32) -> u32 {
-    bits << 16 | bits
+/// A number as an f16, in both halves of a word.
+const fn f16_twice(value: f32) -> u32 {
+    f16::from_f32_const(value).to_bits() as u32 * 0x1_0001
 }
 
 /// A unit of a vector in Q8_1 on its way from device memory: nothing has looked at it yet.
@@ -192,9 +193,9 @@ impl FetchedQ8_1 {
 /// Q8_1 of an operand, and of nothing else: with [`Q8_1`], which looks at what the vector is, instructions would lie between those that a
 /// product waits for.
 #[derive(Clone, Copy, Debug)]
-pub struct OfOperand;
+pub struct QuantizedOperand;
 
-impl Activations for OfOperand {
+impl Activations for QuantizedOperand {
     type Fetched = [u32; UNIT / 2];
     type Unit = Q8_1Unit;
 

@@ -17,8 +17,8 @@ use cuda_std::thread::{block_idx_x, index_1d, thread_idx_x};
 use cuda_std::{kernel, shared_array};
 
 /// What values are multiplied with: an operand has numbers up to a million, where an f16 has them up to 65,504, in steps of a millionth
-/// where they are smallest. Larger ones become as large as there are. Models whose hidden states have values of some ten thousand are
-/// known (Sun et al., 2024).
+/// where they are smallest. Larger ones become as large as there are. Of a model's hidden state a few values can be 100,000 times as large
+/// as others (Sun et al., Massive Activations in Large Language Models, 2024).
 pub const SCALE: f32 = 1.0 / 16.0;
 
 /// Columns of a tile: operands are filled up to a multiple of as many.

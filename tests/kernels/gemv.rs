@@ -4,6 +4,7 @@
 use super::formats::{dequantize, random_blocks};
 use super::{Guarded, Random, assert_close, devices, nearest, nmse};
 use gpu_kernels::formats::Format;
+use gpu_kernels::operand::SCALE;
 use gpu_kernels::rope::RopeLayout;
 use gpu_kernels::rows::{Order, RowOrder};
 use gpu_kernels::step::Step;
@@ -174,10 +175,13 @@ pub(super) fn operand(
 fn rounded(x: &[f32]) -> Vec<f64> {
     let x = nearest(x);
     let round = |block: &[f32]| -> Vec<f64> {
-        let amax = block.iter().fold(0.0f64, |max, &v| max.max(f64::from(v.abs() / 16.0)));
+        let amax = block.iter().fold(0.0f64, |max, &v| max.max(f64::from(v.abs() * SCALE)));
         let raise = if amax < 2.0 { 32_768.0 } else { 1.0 };
-        let factor =
-            if amax > 0.0 { f16::from_f64(127.0 / (amax * raise)).to_f64() * raise / 16.0 } else { 0.0 };
+        let factor = if amax > 0.0 {
+            f16::from_f64(127.0 / (amax * raise)).to_f64() * raise * f64::from(SCALE)
+        } else {
+            0.0
+        };
         let round = |v: f64| (v * factor).round_ties_even() / factor;
         block.iter().map(|&v| if factor == 0.0 { 0.0 } else { round(f64::from(v)) }).collect()
     };

@@ -14,6 +14,7 @@ mod random;
 mod read;
 mod sample;
 
+use gpu_kernels::operand::SCALE;
 use half::f16;
 use host::device::{Buffer, Device, DeviceChoice};
 use std::sync::OnceLock;
@@ -94,9 +95,9 @@ impl Guarded {
     }
 }
 
-/// What an operand has of each value: the nearest f16 of a sixteenth, times 16.
+/// What an operand has of each value: the nearest f16 of its part.
 pub fn nearest(values: &[f32]) -> Vec<f32> {
-    values.iter().map(|&value| f16::from_f32(value / 16.0).to_f32() * 16.0).collect()
+    values.iter().map(|&value| f16::from_f32(value * SCALE).to_f32() / SCALE).collect()
 }
 
 /// `sum (a - b)^2 / sum b^2`.

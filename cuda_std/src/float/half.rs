@@ -127,18 +127,7 @@ pub fn f16x2_to_bytes([a, b]: [u32; 2], raise: u32, factor: u32) -> u32 {
                 ptx!("fma.rn.f16x2", raised, factor, INTEGERS)
             };
             let (a, b) = (integers(a), integers(b));
-            let bytes;
-            // SAFETY: arithmetic alone.
-            unsafe {
-                core::arch::asm!(
-                    "prmt.b32 {bytes}, {a}, {b}, 0x6420;",
-                    bytes = out(reg32) bytes,
-                    a = in(reg32) a,
-                    b = in(reg32) b,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            bytes
+            ptx!("prmt.b32", a, b, 0x6420u32)
         }
         _ => {
             // Two f16 have a product that an f32 has as well.

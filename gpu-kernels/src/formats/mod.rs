@@ -211,10 +211,7 @@ impl WeightUnit for ByteUnit {
     /// `scale * d8 * dot(q, q8)`.
     #[inline(always)]
     fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
-        let [q0, q1, q2, q3, q4, q5, q6, q7] = self.quants;
-        let [x0, x1, x2, x3, x4, x5, x6, x7] = x.quants;
-        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3], 0);
-        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7], 0);
+        let [low, high] = half_dots(self.quants, x.quants, [0; 2]);
         mul_add(self.scale, x.d * (low + high) as f32, sum)
     }
 }
@@ -240,6 +237,15 @@ impl WeightUnit for FloatUnit {
         }
         mul_add(x.d, dot, sum)
     }
+}
+
+/// Both of `sums` plus the dot product of one half of two units' integers.
+#[inline(always)]
+fn half_dots(a: [i32; UNIT_WORDS], b: [i32; UNIT_WORDS], sums: [i32; 2]) -> [i32; 2] {
+    let ([a0, a1, a2, a3, a4, a5, a6, a7], [b0, b1, b2, b3, b4, b5, b6, b7]) = (a, b);
+    let low = dp4a_sum([a0, a1, a2, a3], [b0, b1, b2, b3], sums[0]);
+    let high = dp4a_sum([a4, a5, a6, a7], [b4, b5, b6, b7], sums[1]);
+    [low, high]
 }
 
 /// The sums of both halves of a unit's integers.

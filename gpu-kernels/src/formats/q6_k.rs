@@ -2,11 +2,12 @@
 //! (llama.cpp, ggml-common.h).
 
 use super::{
-    Format, Place, UNIT, UNIT_WORDS, WeightFormat, WeightUnit, half_of_row, read_u16, tile::TileSource,
+    Format, Place, UNIT, UNIT_WORDS, WeightFormat, WeightUnit, half_dots, half_of_row, read_u16,
+    tile::TileSource,
 };
 use crate::activations::Q8_1Unit;
 use cuda_std::float::{f16_to_f32, mul_add};
-use cuda_std::intrinsics::{byte_below_exponent, dp4a_sum, signed_byte};
+use cuda_std::intrinsics::{byte_below_exponent, signed_byte};
 
 /// 6-bit weights in super-blocks of 256.
 ///
@@ -82,10 +83,7 @@ impl WeightUnit for SixBitUnit {
     /// `d * d8 * sum(scale * dot(q - 32, q8))` over both runs.
     #[inline(always)]
     fn dot_q8_1(&self, x: &Q8_1Unit, sum: f32) -> f32 {
-        let [q0, q1, q2, q3, q4, q5, q6, q7] = self.quants;
-        let [x0, x1, x2, x3, x4, x5, x6, x7] = x.quants;
-        let low = dp4a_sum([q0, q1, q2, q3], [x0, x1, x2, x3], -32 * x.sums[0]);
-        let high = dp4a_sum([q4, q5, q6, q7], [x4, x5, x6, x7], -32 * x.sums[1]);
+        let [low, high] = half_dots(self.quants, x.quants, x.sums.map(|sum| -32 * sum));
         // At most 2 * 128 * 16 * 32 * 127, less than the 2^24 up to which an f32 has every integer.
         let both = self.scales[0] * low + self.scales[1] * high;
         mul_add(self.d, x.d * both as f32, sum)

@@ -18,7 +18,7 @@ pub mod epilogue;
 pub mod few;
 pub mod input;
 
-use crate::activations::{Activations, F32Vector, OfOperand, Q8_1};
+use crate::activations::{Activations, F32Vector, Q8_1, QuantizedOperand};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
 use crate::formats::{Format, Place, WeightFormat};
 use crate::rows::RowOrder;
@@ -637,8 +637,8 @@ macro_rules! define_format {
         #[doc = concat!("Q8_1 activations of an operand, which the input has to be, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 640, OfOperand, One<crate::formats::$Type>);
-            define_qkv!($module, 640, OfOperand, One<crate::formats::$Type>);
+            define_kernels!($module, 640, QuantizedOperand, One<crate::formats::$Type>);
+            define_qkv!($module, 640, QuantizedOperand, One<crate::formats::$Type>);
         }
     )*};
 }
@@ -647,7 +647,7 @@ define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 /// Q8_1 activations of an operand, which the input has to be, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
     use super::*;
-    define_qkv!(q4_k_m, 640, OfOperand, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
+    define_qkv!(q4_k_m, 640, QuantizedOperand, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
 /// Q8_1 activations, weights of any format, and quads of any length: much in one kernel.
