@@ -130,6 +130,14 @@ pub fn low_bytes([a, b, c, d]: [u32; 4]) -> u32 {
     }
 }
 
+/// The lower halves of two words, the first one's below, and their upper halves.
+///
+/// On a GPU these are two instructions (prmt).
+#[inline(always)]
+pub fn transpose_halves(a: u32, b: u32) -> [u32; 2] {
+    [a & 0xffff | b << 16, a >> 16 | b & 0xffff_0000]
+}
+
 macro_rules! bytes_in_floats {
     ($($name:ident, $selector:literal, $place:literal, $at:literal, $doc:literal;)*) => {$(
         #[doc = $doc]
@@ -279,6 +287,7 @@ mod tests {
         let word = 0x80_7f_01_ff;
         assert_eq!([0, 1, 2, 3].map(|i| byte(word, i)), [255, 1, 127, 128]);
         assert_eq!([0, 1, 2, 3].map(|i| signed_byte(word, i)), [-1, 1, 127, -128]);
+        assert_eq!(transpose_halves(0x1111_2222, 0x3333_4444), [0x4444_2222, 0x3333_1111]);
     }
 
     #[test]

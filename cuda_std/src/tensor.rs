@@ -5,7 +5,8 @@
 //! two neighbouring columns each: row `group`, columns `2 * member` and on; row `group + 8`, the same columns; row `group`,
 //! columns `2 * member + 8` and on; row `group + 8`, the same columns. Of the result it holds, for every eight columns,
 //! row `group`, columns `2 * member` and `2 * member + 1`, and the same of row `group + 8`. So a result, rounded, is a first
-//! matrix again. The second matrix lies in shared memory, a [`Panel`] or a [`TransposedPanel`].
+//! matrix again. The second matrix lies in shared memory, a [`Panel`] or a [`TransposedPanel`], or is spread over the lanes too
+//! ([`multiply_add_in_registers`]).
 
 use crate::shared::DynamicShared;
 
@@ -138,6 +139,17 @@ pub fn multiply_add_transposed<T: Half>(
     }
 }
 
+/// `sums + a * b`, of 16 rows and eight columns, with both matrices in registers: `b`, 16 rows by eight columns, in words of two neighbouring
+/// rows of column `group`, rows `2 * member` and on, and `2 * member + 8` and on. All lanes of the warp take part.
+#[inline(always)]
+#[track_caller]
+pub fn multiply_add_in_registers<T: Half>(a: [u32; 4], b: [u32; 2], sums: [f32; 4]) -> [f32; 4] {
+    cfg_select! {
+        target_arch = "nvptx64" => registers::multiply_add_16::<T>(a, b, sums),
+        _ => emulated::multiply_add_in_registers::<T>(a, b, sums),
+    }
+}
+
 /// Makes what this thread has written to shared memory, itself or by copies that it has waited for, visible to the tensor
 /// cores: to be said before the barrier after which they read it. Copies of [`crate::pipeline`] need it not.
 #[inline(always)]
@@ -258,6 +270,7 @@ mod warpgroup {
 
 #[cfg(all(target_arch = "nvptx64", not(cuda_sm_90a)))]
 mod warp {
+    use super::registers::multiply_add_16;
     use super::{Half, PANEL_DEPTH, PANEL_ROW_WORDS, PANEL_STEPS, Panel, TransposedPanel, swizzled};
     use crate::warp::lane_id;
 
@@ -355,6 +368,11 @@ mod warp {
         "Four matrices of eight rows of 16 bytes, whose addresses lanes 0 to 7, 8 to 15 ... give."
     );
     load!(load_transposed, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", "The same, transposed.");
+}
+
+#[cfg(target_arch = "nvptx64")]
+mod registers {
+    use super::Half;
 
     macro_rules! multiply_add_16 {
         ($types:literal, $a:ident, $b:ident, $c:ident) => {{
@@ -378,7 +396,7 @@ mod warp {
     }
 
     #[inline(always)]
-    fn multiply_add_16<T: Half>(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
+    pub(super) fn multiply_add_16<T: Half>(a: [u32; 4], b: [u32; 2], c: [f32; 4]) -> [f32; 4] {
         if T::IS_IEEE { multiply_add_16!("f16.f16", a, b, c) } else { multiply_add_16!("bf16.bf16", a, b, c) }
     }
 }
@@ -424,6 +442,51 @@ mod emulated {
     ) {
         let operand = Operand { sums: sums.as_mut_ptr(), a, panel, wanted: PANEL_DEPTH as u32 };
         collective::<Product<T, TransposedPanel>>(FULL_MASK, 0, operand);
+    }
+
+    /// What a lane brings of matrices that are in registers, and what it gets.
+    #[derive(Clone, Copy)]
+    struct InRegisters {
+        a: [u32; 4],
+        b: [u32; 2],
+        sums: [f32; 4],
+    }
+
+    #[track_caller]
+    pub(super) fn multiply_add_in_registers<T: Half>(a: [u32; 4], b: [u32; 2], sums: [f32; 4]) -> [f32; 4] {
+        collective::<SmallProduct<T>>(FULL_MASK, 0, InRegisters { a, b, sums }).sums
+    }
+
+    struct SmallProduct<T>(PhantomData<T>);
+
+    impl<T: Half> Collective for SmallProduct<T> {
+        type Operand = InRegisters;
+        const NAME: &'static str = "a product on tensor cores of matrices in registers";
+
+        fn compute(lanes: &Lanes<InRegisters>, _: u32) {
+            // Rows and columns of a lane that has returned stay unspecified.
+            let (mut a, mut b) = ([[f32::NAN; 16]; 16], [[f32::NAN; 16]; 8]);
+            for lane in 0..32 {
+                let Some(given) = lanes.get(lane) else { continue };
+                let (group, member) = (lane / 4, lane % 4);
+                for (i, word) in given.a.into_iter().enumerate() {
+                    let (row, column) = (group + i % 2 * 8, 2 * member + i / 2 * 8);
+                    [a[row][column], a[row][column + 1]] = widen::<T>(word);
+                }
+                for (i, word) in given.b.into_iter().enumerate() {
+                    let row = 2 * member + 8 * i;
+                    [b[group][row], b[group][row + 1]] = widen::<T>(word);
+                }
+            }
+            lanes.set_each(|lane| {
+                let mut own = lanes.get(lane).unwrap_or(InRegisters { a: [0; 4], b: [0; 2], sums: [0.0; 4] });
+                for (i, sum) in own.sums.iter_mut().enumerate() {
+                    let (row, column) = (lane / 4 + i / 2 * 8, 2 * (lane % 4) + i % 2);
+                    *sum += a[row].iter().zip(b[column]).map(|(a, b)| a * b).sum::<f32>();
+                }
+                own
+            });
+        }
     }
 
     fn widen<T: Half>(word: u32) -> [f32; 2] {

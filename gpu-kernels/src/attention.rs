@@ -1,11 +1,18 @@
-//! Attention of one query token over the KV cache, split along the context.
+//! Attention of one query token over the KV cache, on tensor cores, split along the context.
 //!
-//! A block takes one key-value head, up to four of the query heads that share it, and a range of positions; each key
-//! and value is read once for all of these heads. Softmax is kept online (Milakov and Gimelshein, 2018): whoever has
+//! A block takes one key-value head, up to eight of the query heads that share it, and a range of positions; each key
+//! and value is read once for all of these heads. A warp takes sixteen positions at a time: their scores are the product of the
+//! queries, a row for each head, with their keys; the sum of their values is that of the values, a row for each dimension, with the
+//! weights, a column for each head. Which dimension, or which of the positions, a product goes through first is of no matter: so a
+//! lane reads 16 bytes of a key or a value at once, and has them where they are multiplied. Keys and values are f16, or become f16;
+//! queries and weights are each two f16 whose sum they are, since there is room for both: to some 22 bits.
+//!
+//! Softmax is kept online (Milakov and Gimelshein, 2018): whoever has
 //! looked at some positions holds their largest score, the sum of their weights relative to it, and the weighted sum
 //! of values, and two such parts combine into one of both. Where several blocks share a context, each leaves its part
 //! in device memory, and the last one to come combines them (flash-decoding: Dao et al., 2023): none waits.
 
+use crate::activations::OCTET;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::kv_cache::KvFormat;
 use crate::kv_cache::{HalfKv, KvCodec, KvRef, Q8Kv};
@@ -13,14 +20,15 @@ use crate::operand::Operand;
 use crate::step::Step;
 use core::f32::consts::LOG2_E;
 use cuda_std::atomic::{atomic_add_u32, thread_fence};
-use cuda_std::float::{exp2, max, mul_add};
-use cuda_std::grid::{let_next_start, wait_for_previous_knowing};
+use cuda_std::codegen::no_sooner;
+use cuda_std::float::{exp2, f16x2_to_f32, f32_to_f16x2, f32_to_f16x2_saturating, max, mul_add};
+use cuda_std::grid::{let_next_start, wait_for_previous, wait_for_previous_knowing};
+use cuda_std::intrinsics::transpose_halves;
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, prefetch_l2, st_global_u32x4};
 use cuda_std::shared::Shared;
+use cuda_std::tensor::{F16, multiply_add_in_registers};
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
-use cuda_std::warp::{
-    FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_add_n, warp_reduce_max, warp_shuffle_xor_n,
-};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_max, warp_shuffle_idx};
 use cuda_std::{kernel, shared_array};
 
 /// Warps in a block.
@@ -33,19 +41,25 @@ pub const MAX_HEAD_DIM: usize = 256;
 pub const HEAD_DIM_STEP: usize = 16;
 /// Most blocks that share a context.
 pub const MAX_SPLITS: usize = 64;
-/// Most query heads that a block takes.
-pub const MAX_HEADS: usize = 4;
-/// Positions that are worth a block of their own: fewer blocks than there could be share a shorter context.
-pub const SPLIT_POSITIONS: u32 = 128;
+/// Most query heads that a block takes: columns of a product.
+pub const MAX_HEADS: usize = 8;
+/// Most pieces of them.
+pub const MAX_PIECES: usize = 16;
+
+/// Positions that a warp takes at a time.
+const TILE: u32 = 16;
+/// Positions that are worth a block of their own, what its warps take at a time: fewer blocks than there could be share a shorter context.
+pub const SPLIT_POSITIONS: u32 = WARPS as u32 * TILE;
 // So no split is empty: a length beyond `(n - 1) * SPLIT_POSITIONS` has more than `n - 1` positions for each of `n`.
 const _: () = assert!(MAX_SPLITS <= SPLIT_POSITIONS as usize);
-
-/// Dimensions that a lane holds: 16 bytes of f16.
-const DIMS: usize = 8;
-/// Most query heads times positions that a group of lanes takes at a time.
-const SCORES: usize = 8;
+/// Dimensions of a *piece* of a head.
+pub const PIECE: usize = 64;
 /// What no score is below; finite, so that differences are numbers.
 pub(crate) const LOWEST: f32 = -1e30;
+/// Words between the queries of two heads, and between their sums: lanes that read several heads' should not meet in a bank.
+const GAP: usize = 4;
+/// Words for the vectors of a block's heads.
+const HEADS_WORDS: usize = MAX_PIECES * PIECE + GAP * MAX_HEADS;
 
 /// What an attention launch works on.
 #[repr(C)]
@@ -75,10 +89,10 @@ pub struct Arguments {
     pub heads_per_kv: u32,
     /// Blocks that the heads of a key-value head are dealt out to.
     pub blocks_per_kv: u32,
+    /// Query heads of a block, at most [`MAX_HEADS`] of at most [`MAX_PIECES`] pieces; the last one may have fewer.
+    pub heads: u32,
     /// Values in a head, a multiple of 16, at most 256.
     pub head_dim: u32,
-    /// Lanes that share a position: the power of two from `head_dim / 8` on, at least 8.
-    pub lanes: u32,
     /// Positions in the cache.
     pub n_ctx: u32,
     /// Most blocks that share a context, at most [`MAX_SPLITS`].
@@ -95,7 +109,121 @@ pub struct Arguments {
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Arguments {}
 
-/// Attention of `HEADS` query heads over a block's positions, of which a group of lanes takes `POSITIONS` at a time.
+/// A lane's part of a piece of sixteen keys: of rows `group` and `group + 8` two times eight dimensions, the second ones 32 further
+/// on. `group` is the lane divided by four, `member` the rest, as in [`cuda_std::tensor`].
+type Keys<C> = [[<C as KvCodec>::Raw; 2]; 2];
+/// A lane's part of a piece of sixteen values: of rows `2 * member`, the next one, and both eight further on, eight dimensions.
+type Values<C> = [<C as KvCodec>::Raw; 4];
+
+/// What a lane reads of a head's keys and values.
+#[derive(Clone, Copy)]
+struct Reader {
+    keys: KvRef,
+    values: KvRef,
+    head_dim: u32,
+    group: u32,
+    member: u32,
+}
+
+impl Reader {
+    /// The same, of which nothing is known before `token`: addresses of what is read in each round of a loop would be kept in registers
+    /// else, more than there are.
+    #[inline(always)]
+    fn no_sooner(self, token: u32) -> Self {
+        Self { group: no_sooner(self.group, token), member: no_sooner(self.member, token), ..self }
+    }
+
+    /// Where a position's row starts. Beyond the last one of `end` that one is as good as any: it gets no weight.
+    #[inline(always)]
+    fn row(self, position: u32, end: u32) -> u32 {
+        position.min(end - 1) * self.head_dim
+    }
+
+    /// Eight dimensions from `dim` on of a row; beyond the head's end its last ones are as good as any: the query is 0 there, and nobody
+    /// looks at such a value.
+    ///
+    /// # Safety
+    /// The row is written.
+    #[inline(always)]
+    unsafe fn eight<C: KvCodec>(self, cache: KvRef, row: u32, dim: u32) -> C::Raw {
+        // SAFETY: the caller's promise.
+        unsafe { C::fetch(cache, (row + dim.min(self.head_dim - OCTET as u32)) as usize) }
+    }
+
+    /// Asks for a piece of the keys of the sixteen positions from `first` on, of `end`.
+    ///
+    /// # Safety
+    /// The positions before `end` are written, and there is one.
+    #[inline(always)]
+    unsafe fn keys<C: KvCodec>(self, piece: usize, first: u32, end: u32) -> Keys<C> {
+        let (low, high) = (self.row(first + self.group, end), self.row(first + self.group + 8, end));
+        let near = (PIECE * piece) as u32 + OCTET as u32 * self.member;
+        let far = near + PIECE as u32 / 2;
+        // SAFETY: the caller's promise.
+        unsafe {
+            [
+                [self.eight::<C>(self.keys, low, near), self.eight::<C>(self.keys, low, far)],
+                [self.eight::<C>(self.keys, high, near), self.eight::<C>(self.keys, high, far)],
+            ]
+        }
+    }
+
+    /// Likewise of the values.
+    ///
+    /// # Safety
+    /// As [`keys`](Self::keys).
+    #[inline(always)]
+    unsafe fn values<C: KvCodec>(self, piece: usize, first: u32, end: u32) -> Values<C> {
+        let row = first + 2 * self.member;
+        let dim = (PIECE * piece) as u32 + OCTET as u32 * self.group;
+        // SAFETY: the caller's promise.
+        unsafe {
+            [
+                self.eight::<C>(self.values, self.row(row, end), dim),
+                self.eight::<C>(self.values, self.row(row + 1, end), dim),
+                self.eight::<C>(self.values, self.row(row + 8, end), dim),
+                self.eight::<C>(self.values, self.row(row + 9, end), dim),
+            ]
+        }
+    }
+
+    /// The keys of all pieces.
+    ///
+    /// # Safety
+    /// As [`keys`](Self::keys).
+    #[inline(always)]
+    unsafe fn all_keys<C: KvCodec, const PIECES: usize>(self, first: u32, end: u32) -> [Keys<C>; PIECES] {
+        // SAFETY: the caller's promise.
+        core::array::from_fn(|piece| unsafe { self.keys::<C>(piece, first, end) })
+    }
+
+    /// The values of all pieces.
+    ///
+    /// # Safety
+    /// As [`keys`](Self::keys).
+    #[inline(always)]
+    unsafe fn all_values<C: KvCodec, const PIECES: usize>(self, first: u32, end: u32) -> [Values<C>; PIECES] {
+        // SAFETY: the caller's promise.
+        core::array::from_fn(|piece| unsafe { self.values::<C>(piece, first, end) })
+    }
+}
+
+/// Four values, each as two f16 whose sum it is: the larger ones of the first two and of the last two, and what they lack.
+#[inline(always)]
+fn split_4([a, b, c, d]: [f32; 4]) -> [u32; 4] {
+    let ([low0, rest0], [low1, rest1]) = (split_2(a, b), split_2(c, d));
+    [low0, low1, rest0, rest1]
+}
+
+/// Two values, likewise.
+#[inline(always)]
+fn split_2(a: f32, b: f32) -> [u32; 2] {
+    let near = f32_to_f16x2_saturating(a, b);
+    let [near_a, near_b] = f16x2_to_f32(near);
+    [near, f32_to_f16x2(a - near_a, b - near_b)]
+}
+
+/// Attention of a block's query heads over its positions; heads have at most `PIECES` pieces.
 ///
 /// A launch has few blocks, which come to other multiprocessors each time: what they run is not in the instruction caches, and
 /// comes from the L2 cache while everybody waits for attention (docs/performance.md, version 7). So a block that has to
@@ -104,10 +232,11 @@ unsafe impl cuda_std::launch::KernelArg for Arguments {}
 /// # Safety
 /// The arguments are as their fields say; the cache is written at positions `0..=step.position`, which is below `n_ctx`.
 #[inline(always)]
-unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Arguments) {
-    const { assert!(HEADS * POSITIONS <= SCORES) };
+unsafe fn attend<C: KvCodec, const PIECES: usize>(a: Arguments) {
+    // Four values of a query, split, are four words.
+    let queries = shared_array!(ATTENTION_QUERIES: [u32; HEADS_WORDS]);
     // Of each warp: the values of all heads, and their largest scores and sums.
-    let warp_values = shared_array!(ATTENTION_VALUES: [f32; WARPS * MAX_HEADS * MAX_HEAD_DIM]);
+    let warp_values = shared_array!(ATTENTION_VALUES: [f32; WARPS * HEADS_WORDS]);
     let warp_max = shared_array!(ATTENTION_MAX: [f32; WARPS * MAX_HEADS]);
     let warp_sum = shared_array!(ATTENTION_SUM: [f32; WARPS * MAX_HEADS]);
     // Whether this block is the last.
@@ -115,13 +244,10 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
 
     let (thread, split, row) = (thread_idx_x(), block_idx_x(), block_idx_y());
     let (warp, lane) = (thread / WARP_SIZE, thread % WARP_SIZE);
+    let (group, member) = (lane / 4, lane % 4);
     let (kv_head, block_of_head) = (row / a.blocks_per_kv, row % a.blocks_per_kv);
-    let first_head = kv_head * a.heads_per_kv + block_of_head * HEADS as u32;
-    let n_heads = (a.heads_per_kv - block_of_head * HEADS as u32).min(HEADS as u32);
-    // A group of lanes takes a position, a lane eight of its dimensions.
-    let per_warp = WARP_SIZE / a.lanes;
-    let (group, first_dim) = (warp * per_warp + lane / a.lanes, lane % a.lanes * DIMS as u32);
-    let has_dims = first_dim < a.head_dim;
+    let first_head = kv_head * a.heads_per_kv + block_of_head * a.heads;
+    let n_heads = (a.heads_per_kv - block_of_head * a.heads).min(a.heads);
 
     let_next_start();
     // SAFETY: the caller vouches for the step, which was written before the kernels of the step started.
@@ -133,150 +259,188 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
     if split >= n_active {
         return;
     }
-    let head_offset = kv_head as usize * a.n_ctx as usize * a.head_dim as usize;
-    let stride = WARPS as u32 * per_warp;
-    let first = start + group;
+    let in_cache = kv_head as usize * a.n_ctx as usize * a.head_dim as usize;
+    let (k_head, v_head) = (C::starting_at(a.k_cache, in_cache), C::starting_at(a.v_cache, in_cache));
+    let reader = Reader { keys: k_head, values: v_head, head_dim: a.head_dim, group, member };
+    let first = start + warp * TILE;
     if thread < 2 {
         // All but the last positions were written in earlier steps: they are on their way before the wait.
-        let cache = if thread == 0 { a.k_cache } else { a.v_cache };
-        let from = head_offset + (start * a.head_dim) as usize;
-        let from = cache.values.wrapping_add(from * C::VALUE_BYTES as usize);
+        let head = if thread == 0 { k_head } else { v_head };
+        let from = head.values.wrapping_add((start * a.head_dim * C::VALUE_BYTES) as usize);
         prefetch_l2(from, (end - start) * a.head_dim * C::VALUE_BYTES);
     }
-    let fetch = |from: KvRef, first: u32, end: u32| -> [C::Raw; POSITIONS] {
-        core::array::from_fn(|i| {
-            let position = first + i as u32 * stride;
-            if position < end && has_dims {
-                let at = head_offset + first_dim as usize + position as usize * a.head_dim as usize;
-                // SAFETY: the position is written.
-                unsafe { C::fetch(from, at) }
-            } else {
-                C::ZEROS
-            }
-        })
-    };
-    let (mut keys, mut values) = ([C::ZEROS; POSITIONS], [C::ZEROS; POSITIONS]);
-    // A block of several heads has no registers for it: a context that is worth one is long.
-    let mut rehearsals = if HEADS == 1 { a.rehearsals } else { 0 };
+    // Of two pieces there are registers for keys and values that come before they are needed.
+    let is_ahead = PIECES <= 2;
+    let stride = (PIECES * PIECE + GAP) as u32;
+    if a.head_dim < (PIECES * PIECE) as u32 {
+        let mut quad = thread;
+        while quad < n_heads * stride / 4 {
+            queries.set4(4 * quad as usize, [0; 4]);
+            quad += BLOCK_DIM as u32;
+        }
+        sync_threads();
+    }
+    let (mut keys, mut values) = ([[[C::ZEROS; 2]; 2]; PIECES], [[C::ZEROS; 4]; PIECES]);
+    // A thread's quad of the block's heads, in which head it is, and where in that.
+    let quad = 4 * thread;
+    let (quad_head, quad_dim) = (quad / a.head_dim, quad % a.head_dim);
+    let has_quad = quad_head < n_heads;
+    let mut rehearsals = a.rehearsals;
     loop {
-        let is_real = HEADS > 1 || rehearsals == 0;
-        let mut queries = [[0u32; DIMS]; HEADS];
+        let is_real = rehearsals == 0;
+        let mut query = [0u32; 4];
         if is_real {
-            // The first of them go into registers. Those that are fresh are there after the wait only.
-            let settled = length.saturating_sub(a.n_fresh);
-            (keys, values) =
-                (fetch(a.k_cache, first, end.min(settled)), fetch(a.v_cache, first, end.min(settled)));
-            let at = first_head * a.head_dim + first_dim;
-            let has_fresh = first + (POSITIONS as u32 - 1) * stride >= settled;
-            wait_for_previous_knowing(at | u32::from(has_fresh) | a.q.addr() as u32 >> 1);
-            queries = core::array::from_fn(|head| {
-                if has_dims && (head as u32) < n_heads {
-                    // SAFETY: the head is one of the query's, the dimensions are inside it.
-                    unsafe {
-                        let q = a.q.add((at + head as u32 * a.head_dim) as usize);
-                        let ([q0, q1, q2, q3], [q4, q5, q6, q7]) =
-                            (ld_global_u32x4(q.cast()), ld_global_u32x4(q.add(4).cast()));
-                        [q0, q1, q2, q3, q4, q5, q6, q7]
-                    }
-                } else {
-                    [0; DIMS]
-                }
-            });
-            if has_fresh {
-                (keys, values) = (fetch(a.k_cache, first, end), fetch(a.v_cache, first, end));
+            // What is fresh is there after the wait only.
+            let is_fresh = first + TILE + a.n_fresh > length;
+            if is_fresh {
+                wait_for_previous();
+            }
+            if is_ahead && first < end {
+                let reader = reader.no_sooner(rehearsals);
+                // SAFETY: the positions are written.
+                (keys, values) = unsafe {
+                    (reader.all_keys::<C, PIECES>(first, end), reader.all_values::<C, PIECES>(first, end))
+                };
+            }
+            let at = first_head * a.head_dim + quad;
+            wait_for_previous_knowing(at | a.q.addr() as u32 >> 1);
+            if has_quad {
+                // SAFETY: the head is one of the query's.
+                query = unsafe { ld_global_u32x4(a.q.add(at as usize).cast()) };
             }
         }
+        if has_quad {
+            queries.set4((quad_head * stride + quad_dim) as usize, split_4(query.map(f32::from_bits)));
+        }
+        sync_threads();
+        // Rows without a head repeat the last one's: nobody looks at what becomes of them.
+        let query_at = group.min(n_heads - 1) * stride + OCTET as u32 * member;
         // Weights are powers of 2: the scores' factor turns e^x into 2^x.
         let factor = a.scale * LOG2_E;
-        let q = queries.map(|query| query.map(|bits| f32::from_bits(bits) * factor));
-        let mut largest = [LOWEST; HEADS];
-        let mut sum = [0.0f32; HEADS];
-        let mut value = [[0.0f32; DIMS]; HEADS];
+        let (mut largest, mut sum) = (LOWEST, 0.0f32);
+        let mut sums = [[[0.0f32; 4]; 4]; PIECES];
         let mut position = first;
-        // The same for all lanes of a warp: those of later groups may have no position.
-        while position - lane / a.lanes < end {
-            let mut scores = [[0.0f32; POSITIONS]; HEADS];
-            for i in 0..POSITIONS {
-                let key = C::widen(keys[i]);
-                for head in 0..HEADS {
-                    for d in 0..DIMS {
-                        scores[head][i] = mul_add(q[head][d], key[d], scores[head][i]);
+        // The same for all lanes of a warp.
+        while position < end {
+            let reader = reader.no_sooner(position);
+            let after = position + SPLIT_POSITIONS;
+            let goes_on = is_real && after < end;
+            // Of both halves of a piece apart: what they wait for is their own.
+            let mut scores = [[[0.0f32; 4]; 2]; 2];
+            let mut piece = 0;
+            while piece < PIECES {
+                let keys = if is_ahead || !is_real {
+                    keys[piece]
+                } else {
+                    // SAFETY: the positions are written.
+                    unsafe { reader.keys::<C>(piece, position, end) }
+                };
+                let mut half = 0;
+                while half < 2 {
+                    let at = query_at as usize + PIECE * piece + PIECE / 2 * half;
+                    let ([a0, a2, a1, a3], [b0, b2, b1, b3]) = (queries.get4(at), queries.get4(at + 4));
+                    let mut row = 0;
+                    while row < 2 {
+                        let [k0, k1, k2, k3] = C::halves(keys[row][half]);
+                        let before = scores[half][row];
+                        let before = multiply_add_in_registers::<F16>([a0, a1, a2, a3], [k0, k1], before);
+                        scores[half][row] =
+                            multiply_add_in_registers::<F16>([b0, b1, b2, b3], [k2, k3], before);
+                        row += 1;
                     }
+                    half += 1;
+                }
+                piece += 1;
+            }
+            if goes_on && is_ahead {
+                // SAFETY: the positions are written.
+                keys = unsafe { reader.all_keys::<C, PIECES>(after, end) };
+            }
+            // Columns are positions; the lower rows are those of what queries lack.
+            let score = |row: usize, column: usize| {
+                let ([near, far], at) = ([scores[0][row], scores[1][row]], position + 8 * row as u32);
+                let value = (near[column] + far[column]) + (near[column + 2] + far[column + 2]);
+                if at + 2 * member + (column as u32) < end { value * factor } else { f32::NEG_INFINITY }
+            };
+            let [s0, s1, s2, s3] = [score(0, 0), score(0, 1), score(1, 0), score(1, 1)];
+            let new = warp_reduce_max(FULL_MASK, max(max(s0, s1), max(s2, s3)), 4);
+            let new = max(largest, new);
+            let correction = exp2(largest - new);
+            largest = new;
+            let [w0, w1, w2, w3] = [exp2(s0 - new), exp2(s1 - new), exp2(s2 - new), exp2(s3 - new)];
+            sum = mul_add(sum, correction, (w0 + w1) + (w2 + w3));
+            let ([near0, rest0], [near1, rest1]) = (split_2(w0, w1), split_2(w2, w3));
+            if position > first {
+                // Columns are heads now.
+                let even = warp_shuffle_idx(FULL_MASK, correction, 8 * member, WARP_SIZE);
+                let odd = warp_shuffle_idx(FULL_MASK, correction, 8 * member + 4, WARP_SIZE);
+                let mut piece = 0;
+                while piece < PIECES {
+                    let mut i = 0;
+                    while i < 4 {
+                        let [c0, c1, c2, c3] = sums[piece][i];
+                        sums[piece][i] = [c0 * even, c1 * odd, c2 * even, c3 * odd];
+                        i += 1;
+                    }
+                    piece += 1;
                 }
             }
-            // One meeting of the lanes for all scores.
-            let scores = reduce(scores, a.lanes);
-            let after = position + POSITIONS as u32 * stride;
-            let goes_on = is_real && after - lane / a.lanes < end;
-            if goes_on {
-                keys = fetch(a.k_cache, after, end);
-            }
-            let mut weights = scores;
-            for head in 0..HEADS {
-                for (i, weight) in weights[head].iter_mut().enumerate() {
-                    if position + i as u32 * stride >= end {
-                        *weight = f32::NEG_INFINITY;
-                    }
+            let mut piece = 0;
+            while piece < PIECES {
+                let [v0, v1, v8, v9] = if is_ahead || !is_real {
+                    values[piece]
+                } else {
+                    // SAFETY: the positions are written.
+                    unsafe { reader.values::<C>(piece, position, end) }
+                };
+                let (v0, v1, v8, v9) = (C::halves(v0), C::halves(v1), C::halves(v8), C::halves(v9));
+                let mut i = 0;
+                while i < 4 {
+                    let ([a0, a1], [a2, a3]) =
+                        (transpose_halves(v0[i], v1[i]), transpose_halves(v8[i], v9[i]));
+                    let with_near =
+                        multiply_add_in_registers::<F16>([a0, a1, a2, a3], [near0, near1], sums[piece][i]);
+                    sums[piece][i] =
+                        multiply_add_in_registers::<F16>([a0, a1, a2, a3], [rest0, rest1], with_near);
+                    i += 1;
                 }
-                let new = weights[head].into_iter().fold(largest[head], max);
-                let correction = exp2(largest[head] - new);
-                largest[head] = new;
-                let mut added = 0.0;
-                for weight in &mut weights[head] {
-                    *weight = exp2(*weight - new);
-                    added += *weight;
-                }
-                sum[head] = mul_add(sum[head], correction, added);
-                value[head] = value[head].map(|value| value * correction);
-            }
-            for i in 0..POSITIONS {
-                let from = C::widen(values[i]);
-                for head in 0..HEADS {
-                    for d in 0..DIMS {
-                        value[head][d] = mul_add(weights[head][i], from[d], value[head][d]);
-                    }
-                }
+                piece += 1;
             }
             if !goes_on {
                 break;
             }
-            values = fetch(a.v_cache, after, end);
+            if is_ahead {
+                // SAFETY: the positions are written.
+                values = unsafe { reader.all_values::<C, PIECES>(after, end) };
+            }
             position = after;
         }
 
-        // The groups of a warp, and then the warps.
-        let mut distance = a.lanes;
-        while distance < WARP_SIZE {
-            for head in 0..HEADS {
-                let [v0, v1, v2, v3, v4, v5, v6, v7] = value[head];
-                let [other_max, other_sum, w0, w1, w2, w3, w4, w5, w6, w7] = warp_shuffle_xor_n(
-                    FULL_MASK,
-                    [largest[head], sum[head], v0, v1, v2, v3, v4, v5, v6, v7],
-                    distance,
-                );
-                let new = max(largest[head], other_max);
-                let (own, other) = (exp2(largest[head] - new), exp2(other_max - new));
-                largest[head] = new;
-                sum[head] = mul_add(sum[head], own, other_sum * other);
-                let others = [w0, w1, w2, w3, w4, w5, w6, w7];
-                value[head] = core::array::from_fn(|d| mul_add(value[head][d], own, others[d] * other));
+        // The warps.
+        let sum = warp_reduce_add(FULL_MASK, sum, 4);
+        let head_values = |warp: u32, head: u32| (warp * n_heads + head) * stride;
+        let mut piece = 0;
+        while piece < PIECES {
+            let dim = (PIECE * piece) as u32 + OCTET as u32 * group;
+            if dim < a.head_dim {
+                let [s0, s1, s2, s3] = sums[piece];
+                let at = (head_values(warp, 2 * member) + dim) as usize;
+                if 2 * member < n_heads {
+                    warp_values.set4(at, [s0[0], s0[2], s1[0], s1[2]]);
+                    warp_values.set4(at + 4, [s2[0], s2[2], s3[0], s3[2]]);
+                }
+                if 2 * member + 1 < n_heads {
+                    let at = at + stride as usize;
+                    warp_values.set4(at, [s0[1], s0[3], s1[1], s1[3]]);
+                    warp_values.set4(at + 4, [s2[1], s2[3], s3[1], s3[3]]);
+                }
             }
-            distance *= 2;
+            piece += 1;
         }
-        let head_values = |warp: u32, head: u32| ((warp * HEADS as u32 + head) * a.head_dim) as usize;
-        if lane < a.lanes {
-            for head in 0..HEADS {
-                if has_dims {
-                    let at = head_values(warp, head as u32) + first_dim as usize;
-                    let [x0, x1, x2, x3, x4, x5, x6, x7] = value[head];
-                    warp_values.set4(at, [x0, x1, x2, x3]);
-                    warp_values.set4(at + 4, [x4, x5, x6, x7]);
-                }
-                if first_dim == 0 {
-                    warp_max.set(head * WARPS + warp as usize, largest[head]);
-                    warp_sum.set(head * WARPS + warp as usize, sum[head]);
-                }
-            }
+        if member == 0 {
+            let at = (group * WARPS as u32 + warp) as usize;
+            warp_max.set(at, largest);
+            warp_sum.set(at, sum);
         }
         sync_threads();
 
@@ -286,10 +450,8 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
         } else {
             (a.split_values, (split * a.n_head + first_head) * a.head_dim)
         };
-        let mut quad = thread;
-        while quad < n_heads * a.head_dim / 4 {
-            let (head, d) =
-                if HEADS == 1 { (0, 4 * quad) } else { (4 * quad / a.head_dim, 4 * quad % a.head_dim) };
+        if has_quad {
+            let (head, d) = (quad_head, quad_dim);
             let of_warps = |array: Shared<f32, { WARPS * MAX_HEADS }>| -> [f32; WARPS] {
                 let at = head as usize * WARPS;
                 let ([a, b, c, d], [e, f, g, h]) = (array.get4(at), array.get4(at + 4));
@@ -310,7 +472,7 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
             )]
             for warp in 0..WARPS {
                 let share = shares[warp] * per_total;
-                let [v0, v1, v2, v3] = warp_values.get4(head_values(warp as u32, head) + d as usize);
+                let [v0, v1, v2, v3] = warp_values.get4((head_values(warp as u32, head) + d) as usize);
                 let [r0, r1, r2, r3] = result;
                 result = [
                     mul_add(share, v0, r0),
@@ -319,7 +481,7 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
                     mul_add(share, v3, r3),
                 ];
             }
-            let first = (offset + 4 * quad) as usize;
+            let first = (offset + quad) as usize;
             if is_real {
                 // SAFETY: the elements are inside the output, and this thread's own.
                 unsafe {
@@ -334,7 +496,6 @@ unsafe fn attend<C: KvCodec, const HEADS: usize, const POSITIONS: usize>(a: Argu
                     }
                 }
             }
-            quad += BLOCK_DIM as u32;
         }
         if is_real {
             break;
@@ -449,37 +610,9 @@ unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
     }
 }
 
-/// Sums over groups of `lanes` lanes, of all heads and positions in one meeting.
-#[inline(always)]
-fn reduce<const HEADS: usize, const POSITIONS: usize>(
-    scores: [[f32; POSITIONS]; HEADS],
-    lanes: u32,
-) -> [[f32; POSITIONS]; HEADS] {
-    let mut list = [0.0f32; SCORES];
-    for head in 0..HEADS {
-        for i in 0..POSITIONS {
-            list[head * POSITIONS + i] = scores[head][i];
-        }
-    }
-    // No more are exchanged than there are.
-    let [s0, s1, s2, s3, s4, s5, _, _] = list;
-    match HEADS * POSITIONS {
-        4 => {
-            let [s0, s1, s2, s3] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3], lanes);
-            list = [s0, s1, s2, s3, 0.0, 0.0, 0.0, 0.0];
-        }
-        6 => {
-            let [s0, s1, s2, s3, s4, s5] = warp_reduce_add_n(FULL_MASK, [s0, s1, s2, s3, s4, s5], lanes);
-            list = [s0, s1, s2, s3, s4, s5, 0.0, 0.0];
-        }
-        _ => list = warp_reduce_add_n(FULL_MASK, list, lanes),
-    }
-    core::array::from_fn(|head| core::array::from_fn(|i| list[head * POSITIONS + i]))
-}
-
 macro_rules! define_kernels {
-    ($(($heads:literal, $positions:literal, $suffix:ident, $Codec:ident, $format:ident))*) => {$(
-        #[doc = concat!("Blocks of ", stringify!($heads), " query heads, a cache in ", stringify!($format), ".")]
+    ($(($pieces:literal, $suffix:ident, $Codec:ident, $format:ident))*) => {$(
+        #[doc = concat!("Heads of ", stringify!($pieces), " times 64 values or fewer, a cache in ", stringify!($format), ".")]
         pub mod $suffix {
             use super::*;
 
@@ -497,34 +630,32 @@ macro_rules! define_kernels {
             /// key-value head and some of its query heads; the row's first blocks share the context, as many as it is
             /// worth, the others end at once. Bytes moved: 4 per position and dimension of each
             /// key-value head, 2 and its factors in Q8_0.
-            #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 2))]
+            #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 1))]
             pub unsafe fn attention(arguments: Arguments) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { attend::<$Codec, $heads, $positions>(arguments) }
+                unsafe { attend::<$Codec, $pieces>(arguments) }
             }
         }
     )*
 
-        /// The kernel for blocks of `heads` query heads and a format of the cache.
+        /// The kernel for heads of `head_dim` values and a format of the cache.
         ///
         /// # Panics
-        /// When there is none: `heads` is not from 1 to [`MAX_HEADS`].
+        /// When there is none: heads are longer than [`MAX_HEAD_DIM`].
         #[cfg(not(target_arch = "nvptx64"))]
-        pub fn kernel_for(heads: usize, format: KvFormat) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
-            match (heads, format) {
-                $(($heads, KvFormat::$format) => &$suffix::ATTENTION,)*
-                _ => panic!("no attention kernel for {heads} heads"),
+        pub fn kernel_for(head_dim: usize, format: KvFormat) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
+            match (head_dim.div_ceil(PIECE).next_power_of_two(), format) {
+                $(($pieces, KvFormat::$format) => &$suffix::ATTENTION,)*
+                _ => panic!("no attention kernel for heads of {head_dim}"),
             }
         }
     };
 }
 define_kernels! {
-    (1, 4, h1, HalfKv, F16)
-    (2, 2, h2, HalfKv, F16)
-    (3, 2, h3, HalfKv, F16)
-    (4, 2, h4, HalfKv, F16)
-    (1, 4, q8_0_h1, Q8Kv, Q8_0)
-    (2, 2, q8_0_h2, Q8Kv, Q8_0)
-    (3, 2, q8_0_h3, Q8Kv, Q8_0)
-    (4, 2, q8_0_h4, Q8Kv, Q8_0)
+    (1, d64, HalfKv, F16)
+    (2, d128, HalfKv, F16)
+    (4, d256, HalfKv, F16)
+    (1, q8_0_d64, Q8Kv, Q8_0)
+    (2, q8_0_d128, Q8Kv, Q8_0)
+    (4, q8_0_d256, Q8Kv, Q8_0)
 }

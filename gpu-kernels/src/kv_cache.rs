@@ -7,7 +7,7 @@
 
 use crate::activations::{LANES_PER_BLOCK, OCTET, Q8_1_BLOCK, quantize};
 use crate::step::Step;
-use cuda_std::float::{f16_to_f32, f32_to_f16};
+use cuda_std::float::{f16_to_f32, f32_to_f16, f32_to_f16x2};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::intrinsics::signed_byte;
 use cuda_std::kernel;
@@ -51,14 +51,17 @@ pub trait KvCodec: Copy {
     /// Eight zeros.
     const ZEROS: Self::Raw;
 
+    /// What starts with value `at`, a multiple of 32 where values share factors.
+    fn starting_at(cache: KvRef, at: usize) -> KvRef;
+
     /// Asks for values `at` to `at + 7`, a multiple of 8.
     ///
     /// # Safety
     /// They are written.
     unsafe fn fetch(from: KvRef, at: usize) -> Self::Raw;
 
-    /// What they are.
-    fn widen(raw: Self::Raw) -> [f32; OCTET];
+    /// What they are, to the nearest f16, two to a word.
+    fn halves(raw: Self::Raw) -> [u32; OCTET / 2];
 }
 
 /// f16.
@@ -71,13 +74,26 @@ impl KvCodec for HalfKv {
     const ZEROS: [u32; 4] = [0; 4];
 
     #[inline(always)]
+    fn starting_at(cache: KvRef, at: usize) -> KvRef {
+        KvRef { values: cache.values.wrapping_add(2 * at), scales: cache.scales }
+    }
+
+    #[inline(always)]
     unsafe fn fetch(from: KvRef, at: usize) -> [u32; 4] {
         // SAFETY: the caller's promise; eight values are 16 bytes.
         unsafe { ld_global_u32x4(from.values.add(2 * at).cast()) }
     }
 
     #[inline(always)]
-    fn widen(words: [u32; 4]) -> [f32; OCTET] {
+    fn halves(words: [u32; 4]) -> [u32; OCTET / 2] {
+        words
+    }
+}
+
+impl HalfKv {
+    /// What they are.
+    #[inline(always)]
+    pub fn widen(words: [u32; 4]) -> [f32; OCTET] {
         let half = |i: usize| f16_to_f32((words[i / 2] >> (16 * (i % 2))) as u16);
         [half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7)]
     }
@@ -93,6 +109,11 @@ impl KvCodec for Q8Kv {
     const ZEROS: ([u32; 2], u16) = ([0; 2], 0);
 
     #[inline(always)]
+    fn starting_at(cache: KvRef, at: usize) -> KvRef {
+        KvRef { values: cache.values.wrapping_add(at), scales: cache.scales.wrapping_add(at / Q8_0_BLOCK) }
+    }
+
+    #[inline(always)]
     unsafe fn fetch(from: KvRef, at: usize) -> ([u32; 2], u16) {
         // SAFETY: the caller's promise.
         unsafe {
@@ -102,19 +123,13 @@ impl KvCodec for Q8Kv {
     }
 
     #[inline(always)]
-    fn widen(([low, high], scale): ([u32; 2], u16)) -> [f32; OCTET] {
+    fn halves(([low, high], scale): ([u32; 2], u16)) -> [u32; OCTET / 2] {
         let scale = f16_to_f32(scale);
-        let value = |word: u32, i: u32| scale * signed_byte(word, i) as f32;
-        [
-            value(low, 0),
-            value(low, 1),
-            value(low, 2),
-            value(low, 3),
-            value(high, 0),
-            value(high, 1),
-            value(high, 2),
-            value(high, 3),
-        ]
+        let two = |word: u32, i: u32| {
+            let value = |i: u32| scale * signed_byte(word, i) as f32;
+            f32_to_f16x2(value(i), value(i + 1))
+        };
+        [two(low, 0), two(low, 2), two(high, 0), two(high, 2)]
     }
 }
 

@@ -265,9 +265,7 @@ impl Tiles for Q8Kv {
 
     #[inline(always)]
     fn finish(memory: DynamicShared<u32>, place: usize, raw: Self::Pending) {
-        let [a, b, c, d, e, f, g, h] = Self::widen(raw);
-        let words = [f32_to_f16x2(a, b), f32_to_f16x2(c, d), f32_to_f16x2(e, f), f32_to_f16x2(g, h)];
-        memory.set4(place, words);
+        memory.set4(place, Self::halves(raw));
     }
 }
 

@@ -88,6 +88,8 @@ fn attention_matches_f64() {
             (3, 1, 160, 2),
             (2, 1, 224, 1),
             (2, 2, 256, 3),
+            (20, 2, 64, 2),
+            (18, 1, 256, 2),
         ] {
             let mut workspace =
                 AttentionWorkspace::with_splits(device, n_head, n_head_kv, head_dim, n_splits).unwrap();

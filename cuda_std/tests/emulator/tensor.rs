@@ -92,6 +92,34 @@ pub unsafe fn transposed(a: *const u32, b: *const u32, y: *mut f32) {
     }
 }
 
+/// `y += a * b` of a warp's first 16 columns of `a` and eight columns of `b`, both in registers.
+#[kernel]
+pub unsafe fn in_registers(a: *const u32, b: *const u32, y: *mut f32) {
+    let (group, member) = (lane_id() as usize / 4, lane_id() as usize % 4);
+    // SAFETY: the test's matrices.
+    unsafe {
+        let b = [member, member + 4].map(|word| *b.add(group * 32 + word));
+        let sums = multiply_add_in_registers::<F16>(operand(a)[0], b, [1.0, 2.0, 3.0, 4.0]);
+        for (i, sum) in sums.into_iter().enumerate() {
+            *y.add((group + i / 2 * 8) * 8 + 2 * member + i % 2) = sum;
+        }
+    }
+}
+
+#[test]
+fn products_in_registers_match_plain_ones() {
+    let (a, b) = (numbers(16 * 64), numbers(8 * 64));
+    let (a_words, b_words) = (words(&a, f32_to_f16x2), words(&b, f32_to_f16x2));
+    let mut y = vec![0.0f32; 16 * 8];
+    let args = (a_words.as_ptr(), b_words.as_ptr(), y.as_mut_ptr());
+    try_launch(&IN_REGISTERS, [1; 3], [32, 1, 1], 0, args).unwrap();
+    for (i, &y) in y.iter().enumerate() {
+        let (row, column) = (i / 8, i % 8);
+        let dot: f32 = (0..16).map(|k| a[row * 64 + k] * b[column * 64 + k]).sum();
+        assert_eq!(y, (1 + row / 8 * 2 + column % 2) as f32 + dot, "row {row}, column {column}");
+    }
+}
+
 /// Small whole numbers: their products and sums are exact.
 fn numbers(n: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + i / 5) % 17) as f32 - 8.0).collect()

@@ -89,27 +89,17 @@ pub fn kv_append(
 
 /// Positions up to which a context is short.
 const SHORT: usize = 1024;
-/// Most query heads of a block where it is: more blocks, with fewer registers each, and so beside those of the kernels before
-/// and after. Where it is long a block takes as many as it can, since every one reads its keys and values.
-const SHORT_HEADS: usize = 1;
-
-/// How attention is dealt out to blocks.
-#[derive(Clone, Copy, Debug)]
-struct Deal {
-    /// Query heads that a block takes, and blocks that those of a key-value head go to.
-    heads: usize,
-    blocks_per_kv: usize,
-    /// Most blocks that share a context.
-    n_splits: usize,
-}
 
 /// What blocks that share a context leave for the last of them, and how many there are.
 #[derive(Debug)]
 pub struct AttentionWorkspace {
     n_head: usize,
     n_head_kv: usize,
-    /// For short contexts and for long ones.
-    deals: [Deal; 2],
+    /// Query heads that a block takes, and blocks that those of a key-value head go to.
+    heads: usize,
+    blocks_per_kv: usize,
+    /// Most blocks that share a context: a short one, a long one.
+    n_splits: [usize; 2],
     is_long: bool,
     rehearsals: u32,
     /// `[n_splits, n_head, head_dim]`.
@@ -126,8 +116,8 @@ impl AttentionWorkspace {
     /// # Errors
     /// As [`with_splits`](Self::with_splits).
     pub fn alloc(device: &Device, n_head: usize, n_head_kv: usize, head_dim: usize) -> Result<Self> {
-        // Two blocks fit on a multiprocessor. On the CPU the heads are blocks enough.
-        let wanted = if device.is_cuda() { 2 * device.multiprocessors() as usize } else { 0 };
+        // One block fits on a multiprocessor. On the CPU the heads are blocks enough.
+        let wanted = if device.is_cuda() { device.multiprocessors() as usize } else { 0 };
         Self::new(device, n_head, n_head_kv, head_dim, |n_rows| (wanted / n_rows).clamp(1, MAX_SPLITS))
     }
 
@@ -157,23 +147,22 @@ impl AttentionWorkspace {
         head_dim: usize,
         n_splits: impl Fn(usize) -> usize,
     ) -> Result<Self> {
-        let deal = |most_heads: usize, most_splits: usize| -> Result<Deal> {
-            let (blocks_per_kv, heads) = deal_heads(n_head, n_head_kv, most_heads)?;
-            Ok(Deal { heads, blocks_per_kv, n_splits: n_splits(n_head_kv * blocks_per_kv).min(most_splits) })
-        };
-        let short_splits = SHORT.div_ceil(attention_kernel::SPLIT_POSITIONS as usize);
-        let deals = [deal(SHORT_HEADS, short_splits)?, deal(attention_kernel::MAX_HEADS, MAX_SPLITS)?];
-        let most = |of: fn(&Deal) -> usize| deals.iter().map(of).max().unwrap_or(0);
-        let (n_splits, blocks_per_kv) = (most(|deal| deal.n_splits), most(|deal| deal.blocks_per_kv));
+        let pieces = head_dim.div_ceil(attention_kernel::PIECE).next_power_of_two();
+        let most_heads = (attention_kernel::MAX_PIECES / pieces).clamp(1, attention_kernel::MAX_HEADS);
+        let (blocks_per_kv, heads) = deal_heads(n_head, n_head_kv, most_heads)?;
+        let most = n_splits(n_head_kv * blocks_per_kv);
+        let short = SHORT.div_ceil(attention_kernel::SPLIT_POSITIONS as usize);
         Ok(Self {
             n_head,
             n_head_kv,
-            deals,
+            heads,
+            blocks_per_kv,
+            n_splits: [most.min(short), most],
             is_long: false,
             // Kernels that do not overlap have nothing to wait for.
             rehearsals: u32::from(device.overlaps_kernels()),
-            values: device.alloc(n_splits * n_head * head_dim)?,
-            sums: device.alloc(n_splits * n_head * 2)?,
+            values: device.alloc(most * n_head * head_dim)?,
+            sums: device.alloc(most * n_head * 2)?,
             n_ended: device.alloc_zeroed(n_head_kv * blocks_per_kv)?,
         })
     }
@@ -230,7 +219,8 @@ pub fn attention<'a>(
         workspace.n_head,
         workspace.n_head_kv
     );
-    let Deal { heads, blocks_per_kv, n_splits } = workspace.deals[usize::from(workspace.is_long)];
+    let (heads, blocks_per_kv) = (workspace.heads, workspace.blocks_per_kv);
+    let n_splits = workspace.n_splits[usize::from(workspace.is_long)];
     let n_rows = cache.n_head_kv * blocks_per_kv;
     at_least("attention", "q", q, n_head * cache.head_dim)?;
     at_least("attention", "out", out, n_head * cache.head_dim)?;
@@ -254,8 +244,8 @@ pub fn attention<'a>(
         n_head: dim(n_head)?,
         heads_per_kv: dim(n_head / cache.n_head_kv)?,
         blocks_per_kv: dim(blocks_per_kv)?,
+        heads: dim(heads)?,
         head_dim: dim(cache.head_dim)?,
-        lanes: dim((cache.head_dim / 8).next_power_of_two().max(8))?,
         n_ctx: dim(cache.n_ctx)?,
         n_splits: dim(n_splits)?,
         n_fresh: dim(n_fresh)?,
@@ -265,7 +255,7 @@ pub fn attention<'a>(
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
     config.grid[1] = dim(n_rows)?;
     // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
-    unsafe { device.launch(attention_kernel::kernel_for(heads, cache.format), config, (arguments,)) }
+    unsafe { device.launch(attention_kernel::kernel_for(cache.head_dim, cache.format), config, (arguments,)) }
 }
 
 /// Attention of a chunk's tokens, `[n_tokens, n_head, head_dim]`, over the cache: each sees the positions up to its own. The
