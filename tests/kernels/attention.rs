@@ -109,9 +109,9 @@ fn attention_matches_f64() {
                 let step = device.alloc_from(&[Step { token: 0, position: length as u32 - 1 }]).unwrap();
                 let q = device.alloc_from(&q).unwrap();
                 let shape = AttentionShape { n_head, scale, n_fresh: 1 };
-                // Several times with one workspace: a launch leaves it as it was. Dealt out for short contexts and for long ones,
+                // Several times with one workspace: a launch leaves it as it was. Dealt out for a block, for clusters and for more blocks,
                 // rehearsed or not.
-                for (suited_to, rehearsals) in [(1, 0), (100_000, 1), (1, 2)] {
+                for (suited_to, rehearsals) in [(1, 0), (100_000, 1), (1, 2), (length, 1), (1024, 0)] {
                     workspace.suit(suited_to);
                     workspace.rehearse(rehearsals);
                     let mut out = Guarded::new(device, n_head * head_dim);

@@ -7,7 +7,7 @@ use super::trace::{Halt, Op, Point, Probe};
 use super::weights::GateUp;
 use super::{Fusion, Model, weights};
 use crate::device::{Buffer, HostBuffer, Recording, Signal};
-use crate::ops::{self, AttentionWorkspace, Chunk, KvCache, Layers, SampleWorkspace};
+use crate::ops::{self, AttentionWorkspace, CONTEXT_KINDS, Chunk, KvCache, Layers, SampleWorkspace};
 use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
@@ -34,8 +34,8 @@ const LOGITS_AT_ONCE: usize = 64;
 /// Tokens in a KV cache, and the logits of the last one fed.
 pub struct Session<'m> {
     model: &'m Model,
-    /// The launches of each kind of step, for each [`Way`]. Declared, and so dropped, before the buffers they use.
-    steps: [[RecordedStep; 3]; 3],
+    /// The launches of each kind of step, for each way ([`Session::way`]). Declared, and so dropped, before the buffers they use.
+    steps: [[RecordedStep; 3]; WAYS],
     /// All layers in one launch, where the model and the device allow for it.
     together: Option<Layers>,
     /// Whether steps that are watched go that way as well.
@@ -83,11 +83,22 @@ enum Kind {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     /// In one launch.
-    Together = 0,
-    /// Kernel by kernel, with a short context.
-    Short = 1,
-    /// Kernel by kernel, with a long one.
-    Long = 2,
+    Together,
+    /// Kernel by kernel, with a context of this kind ([`AttentionWorkspace::kind_of`]).
+    Apart(usize),
+}
+
+/// How many ways there are.
+const WAYS: usize = 1 + CONTEXT_KINDS;
+
+impl Way {
+    /// Its number.
+    fn number(self) -> usize {
+        match self {
+            Self::Together => 0,
+            Self::Apart(kind) => 1 + kind,
+        }
+    }
 }
 
 /// Longest context with which a token goes through all layers in one launch, where it can: attention of a few multiprocessors takes
@@ -131,7 +142,7 @@ impl<'m> Session<'m> {
         };
         Ok(Self {
             model,
-            steps: [const { [const { RecordedStep::Fresh }; 3] }; 3],
+            steps: [const { [const { RecordedStep::Fresh }; 3] }; WAYS],
             together,
             watches_together: false,
             buffers: Buffers::alloc(device, config, &model.settings)?,
@@ -434,7 +445,7 @@ impl<'m> Session<'m> {
             return self.issue(kind, probe);
         }
         let device = &self.model.device;
-        let recorded = (self.way(probe) as usize, kind as usize);
+        let recorded = (self.way(probe).number(), kind as usize);
         match &self.steps[recorded.0][recorded.1] {
             RecordedStep::Fresh => {
                 self.issue(kind, probe)?;
@@ -465,10 +476,8 @@ impl<'m> Session<'m> {
         };
         if self.together.is_some() && length <= MOST_TOGETHER && is_allowed {
             Way::Together
-        } else if AttentionWorkspace::is_long(length) {
-            Way::Long
         } else {
-            Way::Short
+            Way::Apart(AttentionWorkspace::kind_of(length))
         }
     }
 

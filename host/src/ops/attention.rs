@@ -3,6 +3,7 @@
 use super::{Chunk, KvLayer, KvView, Next, Rope, aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
+use cuda_std::launch::LaunchConfig;
 use cuda_std::tensor::PANEL_DEPTH;
 use gpu_kernels::attention::MAX_SPLITS;
 use gpu_kernels::prefill_attention::{self as prefill_kernel, MAX_WARPS, WARP_TOKENS};
@@ -87,8 +88,9 @@ pub fn kv_append(
     unsafe { device.launch(&kv_cache::KV_APPEND, config, arguments) }
 }
 
-/// Positions up to which a context is short.
-const SHORT: usize = 1024;
+/// Kinds of contexts: one block has room for the shortest, and clusters of two, four and eight for others; the longest are shared by as many
+/// as there can be.
+pub const CONTEXT_KINDS: usize = attention_kernel::MAX_CLUSTER.ilog2() as usize + 2;
 
 /// What blocks that share a context leave for the last of them, and how many there are.
 #[derive(Debug)]
@@ -98,9 +100,10 @@ pub struct AttentionWorkspace {
     /// Query heads that a block takes, and blocks that those of a key-value head go to.
     heads: usize,
     blocks_per_kv: usize,
-    /// Most blocks that share a context: a short one, a long one.
-    n_splits: [usize; 2],
-    is_long: bool,
+    /// Most blocks that share a context.
+    n_splits: usize,
+    /// Which of the [`CONTEXT_KINDS`] it is for.
+    kind: usize,
     rehearsals: u32,
     /// `[n_splits, n_head, head_dim]`.
     values: Buffer<f32>,
@@ -150,34 +153,34 @@ impl AttentionWorkspace {
         let pieces = head_dim.div_ceil(attention_kernel::PIECE).next_power_of_two();
         let most_heads = (attention_kernel::MAX_PIECES / pieces).clamp(1, attention_kernel::MAX_HEADS);
         let (blocks_per_kv, heads) = deal_heads(n_head, n_head_kv, most_heads)?;
-        let most = n_splits(n_head_kv * blocks_per_kv);
-        let short = SHORT.div_ceil(attention_kernel::SPLIT_POSITIONS as usize);
+        let n_splits = n_splits(n_head_kv * blocks_per_kv);
         Ok(Self {
             n_head,
             n_head_kv,
             heads,
             blocks_per_kv,
-            n_splits: [most.min(short), most],
-            is_long: false,
+            n_splits,
+            kind: 0,
             // Kernels that do not overlap have nothing to wait for.
             rehearsals: u32::from(device.overlaps_kernels()),
-            values: device.alloc(most * n_head * head_dim)?,
-            sums: device.alloc(most * n_head * 2)?,
+            values: device.alloc(n_splits * n_head * head_dim)?,
+            sums: device.alloc(n_splits * n_head * 2)?,
             n_ended: device.alloc_zeroed(n_head_kv * blocks_per_kv)?,
         })
     }
 
-    /// Whether a context of `length` positions is long: attention is dealt out in another way then.
-    pub fn is_long(length: usize) -> bool {
-        length > SHORT
+    /// Which of the [`CONTEXT_KINDS`] a context of `length` positions is: attention is dealt out in a way of its own for each.
+    pub fn kind_of(length: usize) -> usize {
+        let blocks = length.div_ceil(attention_kernel::SPLIT_POSITIONS as usize).max(1);
+        (blocks.next_power_of_two().ilog2() as usize).min(CONTEXT_KINDS - 1)
     }
 
     /// From now on it is for a context of about `length` positions, which bears on speed alone.
     pub fn suit(&mut self, length: usize) {
-        self.is_long = Self::is_long(length);
+        self.kind = Self::kind_of(length);
     }
 
-    /// From now on a block of one query head goes through its work so many times before it counts, which bears on speed alone.
+    /// From now on a block goes through its work so many times before it counts, which bears on speed alone.
     pub fn rehearse(&mut self, times: u32) {
         self.rehearsals = times;
     }
@@ -220,7 +223,11 @@ pub fn attention<'a>(
         workspace.n_head_kv
     );
     let (heads, blocks_per_kv) = (workspace.heads, workspace.blocks_per_kv);
-    let n_splits = workspace.n_splits[usize::from(workspace.is_long)];
+    let n_splits = if workspace.kind + 1 == CONTEXT_KINDS {
+        workspace.n_splits
+    } else {
+        workspace.n_splits.min(1 << workspace.kind)
+    };
     let n_rows = cache.n_head_kv * blocks_per_kv;
     at_least("attention", "q", q, n_head * cache.head_dim)?;
     at_least("attention", "out", out, n_head * cache.head_dim)?;
@@ -254,8 +261,18 @@ pub fn attention<'a>(
     };
     let mut config = launch_1d(n_splits, attention_kernel::BLOCK_DIM)?;
     config.grid[1] = dim(n_rows)?;
-    // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written.
-    unsafe { device.launch(attention_kernel::kernel_for(cache.head_dim, cache.format), config, (arguments,)) }
+    let kernel = |in_cluster| attention_kernel::kernel_for(cache.head_dim, cache.format, in_cluster);
+    if n_splits > 1 && n_splits <= attention_kernel::MAX_CLUSTER {
+        let dynamic_shared_bytes = dim(4 * attention_kernel::mail_words(n_splits, heads, cache.head_dim))?;
+        let config = LaunchConfig { cluster: dim(n_splits)?, dynamic_shared_bytes, ..config };
+        if device.has_room_for_cluster(kernel(true), config)? {
+            // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written; a row is a cluster,
+            // with room for its mail.
+            return unsafe { device.launch(kernel(true), config, (arguments,)) };
+        }
+    }
+    // SAFETY: as above.
+    unsafe { device.launch(kernel(false), config, (arguments,)) }
 }
 
 /// Attention of a chunk's tokens, `[n_tokens, n_head, head_dim]`, over the cache: each sees the positions up to its own. The

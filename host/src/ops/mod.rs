@@ -15,7 +15,9 @@ mod sample;
 mod schedule;
 mod types;
 
-pub use attention::{AttentionShape, AttentionWorkspace, attention, kv_append, prefill_attention, rope};
+pub use attention::{
+    AttentionShape, AttentionWorkspace, CONTEXT_KINDS, attention, kv_append, prefill_attention, rope,
+};
 pub use elementwise::{argmax, embed, make_operand, quantize_q8_1, residual_add, rms_norm, swiglu};
 pub use few::has_few_products;
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};

@@ -9,8 +9,14 @@
 //!
 //! Softmax is kept online (Milakov and Gimelshein, 2018): whoever has
 //! looked at some positions holds their largest score, the sum of their weights relative to it, and the weighted sum
-//! of values, and two such parts combine into one of both. Where several blocks share a context, each leaves its part
-//! in device memory, and the last one to come combines them (flash-decoding: Dao et al., 2023): none waits.
+//! of values, and two such parts combine into one of both. Where several blocks share a context (flash-decoding: Dao et al., 2023), they
+//! are a cluster, whose first block gets the others' parts (`mail.rs`), or, where they are too many for that, each leaves its part
+//! in device memory, and the last one to come combines them: none waits.
+
+mod mail;
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub use mail::{MAX_CLUSTER, mail_words};
 
 use crate::activations::OCTET;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -30,6 +36,10 @@ use cuda_std::tensor::{F16, multiply_add_in_registers};
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_reduce_add, warp_reduce_max, warp_shuffle_idx};
 use cuda_std::{kernel, shared_array};
+
+#[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]
+use mail::Mail;
+use mail::{Apart, Row};
 
 /// Warps in a block.
 pub const WARPS: usize = 8;
@@ -61,7 +71,7 @@ const GAP: usize = 4;
 /// Words for the vectors of a block's heads.
 const HEADS_WORDS: usize = MAX_PIECES * PIECE + GAP * MAX_HEADS;
 
-/// What an attention launch works on.
+/// What a launch of attention works on.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Arguments {
@@ -223,7 +233,7 @@ fn split_2(a: f32, b: f32) -> [u32; 2] {
     [near, f32_to_f16x2(a - near_a, b - near_b)]
 }
 
-/// Attention of a block's query heads over its positions; heads have at most `PIECES` pieces.
+/// Attention of a block's query heads over its positions; heads have at most `PIECES` pieces. A row of the grid is a cluster or not.
 ///
 /// A launch has few blocks, which come to other multiprocessors each time: what they run is not in the instruction caches, and
 /// comes from the L2 cache while everybody waits for attention (docs/performance.md, version 7). So a block that has to
@@ -232,7 +242,7 @@ fn split_2(a: f32, b: f32) -> [u32; 2] {
 /// # Safety
 /// The arguments are as their fields say; the cache is written at positions `0..=step.position`, which is below `n_ctx`.
 #[inline(always)]
-unsafe fn attend<C: KvCodec, const PIECES: usize>(a: Arguments) {
+unsafe fn attend<C: KvCodec, R: Row, const PIECES: usize>(a: Arguments) {
     // Four values of a query, split, are four words.
     let queries = shared_array!(ATTENTION_QUERIES: [u32; HEADS_WORDS]);
     // Of each warp: the values of all heads, and their largest scores and sums.
@@ -259,6 +269,8 @@ unsafe fn attend<C: KvCodec, const PIECES: usize>(a: Arguments) {
     if split >= n_active {
         return;
     }
+    let row_of_blocks = R::new(n_heads * a.head_dim);
+    row_of_blocks.begin(split, n_active - 1, n_heads);
     let in_cache = kv_head as usize * a.n_ctx as usize * a.head_dim as usize;
     let (k_head, v_head) = (C::starting_at(a.k_cache, in_cache), C::starting_at(a.v_cache, in_cache));
     let reader = Reader { keys: k_head, values: v_head, head_dim: a.head_dim, group, member };
@@ -444,7 +456,7 @@ unsafe fn attend<C: KvCodec, const PIECES: usize>(a: Arguments) {
         }
         sync_threads();
 
-        let is_whole = n_active == 1;
+        let is_whole = R::IN_CLUSTER || n_active == 1;
         let (to, offset) = if is_whole {
             (a.out, first_head * a.head_dim)
         } else {
@@ -482,7 +494,14 @@ unsafe fn attend<C: KvCodec, const PIECES: usize>(a: Arguments) {
                 ];
             }
             let first = (offset + quad) as usize;
-            if is_real {
+            let sends = R::IN_CLUSTER && split > 0;
+            let sums = [total_max, total];
+            if is_real && sends {
+                // SAFETY: the cluster's first block expects it of every block.
+                unsafe { row_of_blocks.send(split, quad, (d == 0).then_some(head), result, sums) };
+            }
+            if is_real && !sends {
+                let result = row_of_blocks.combine(n_active - 1, quad, head, result, sums);
                 // SAFETY: the elements are inside the output, and this thread's own.
                 unsafe {
                     st_global_u32x4(to.add(first).cast(), result.map(f32::to_bits));
@@ -504,7 +523,7 @@ unsafe fn attend<C: KvCodec, const PIECES: usize>(a: Arguments) {
         // Everyone has read what the next time is written over.
         sync_threads();
     }
-    if n_active == 1 {
+    if R::IN_CLUSTER || n_active == 1 {
         return;
     }
 
@@ -610,8 +629,8 @@ unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
     }
 }
 
-macro_rules! define_kernels {
-    ($(($pieces:literal, $suffix:ident, $Codec:ident, $format:ident))*) => {$(
+macro_rules! define_kernel {
+    ($pieces:literal, $suffix:ident, $Codec:ident, $format:ident, $Row:ident, $row:literal) => {
         #[doc = concat!("Heads of ", stringify!($pieces), " times 64 values or fewer, a cache in ", stringify!($format), ".")]
         pub mod $suffix {
             use super::*;
@@ -620,7 +639,8 @@ macro_rules! define_kernels {
             ///
             /// # Safety
             /// The arguments are as their fields say, in device memory; the caches are written at positions
-            /// `0..=step.position`, and `step.position < n_ctx`.
+            /// `0..=step.position`, and `step.position < n_ctx`. Of clusters the launch has the shared memory that [`mail_words`]
+            /// gives.
             ///
             /// # Parameters
             /// - `arguments`: queries, cache, result and workspace
@@ -628,34 +648,49 @@ macro_rules! define_kernels {
             /// # Thread mapping
             /// Blocks of [`BLOCK_DIM`] threads, grid `n_splits` by `n_head_kv * blocks_per_kv`: a row of the grid is a
             /// key-value head and some of its query heads; the row's first blocks share the context, as many as it is
-            /// worth, the others end at once. Bytes moved: 4 per position and dimension of each
-            /// key-value head, 2 and its factors in Q8_0.
+            /// worth, the others end at once.
+            #[doc = $row]
+            /// Bytes moved: 4 per position and dimension of each key-value head, 2 and its factors in Q8_0.
             #[kernel(suffix = $suffix, overlapping, launch_bounds(256, 1))]
             pub unsafe fn attention(arguments: Arguments) {
                 // SAFETY: the caller keeps the contract above, which is the one asked for.
-                unsafe { attend::<$Codec, $pieces>(arguments) }
+                unsafe { attend::<$Codec, $Row, $pieces>(arguments) }
             }
         }
-    )*
+    };
+}
+macro_rules! define_kernels {
+    ($(($pieces:literal, $suffix:ident, $cluster_suffix:ident, $Codec:ident, $format:ident))*) => {
+        $(
+            define_kernel!($pieces, $suffix, $Codec, $format, Apart, "");
+            #[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]
+            define_kernel!($pieces, $cluster_suffix, $Codec, $format, Mail, " The row is a cluster.");
+        )*
 
-        /// The kernel for heads of `head_dim` values and a format of the cache.
+        /// The kernel for heads of `head_dim` values and a format of the cache, for rows of the grid that are clusters or not.
         ///
         /// # Panics
         /// When there is none: heads are longer than [`MAX_HEAD_DIM`].
         #[cfg(not(target_arch = "nvptx64"))]
-        pub fn kernel_for(head_dim: usize, format: KvFormat) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
+        pub fn kernel_for(
+            head_dim: usize,
+            format: KvFormat,
+            in_cluster: bool,
+        ) -> &'static cuda_std::launch::Kernel<(Arguments,)> {
             match (head_dim.div_ceil(PIECE).next_power_of_two(), format) {
-                $(($pieces, KvFormat::$format) => &$suffix::ATTENTION,)*
+                $(($pieces, KvFormat::$format) if in_cluster => &$cluster_suffix::ATTENTION,
+                ($pieces, KvFormat::$format) => &$suffix::ATTENTION,)*
                 _ => panic!("no attention kernel for heads of {head_dim}"),
             }
         }
     };
 }
+
 define_kernels! {
-    (1, d64, HalfKv, F16)
-    (2, d128, HalfKv, F16)
-    (4, d256, HalfKv, F16)
-    (1, q8_0_d64, Q8Kv, Q8_0)
-    (2, q8_0_d128, Q8Kv, Q8_0)
-    (4, q8_0_d256, Q8Kv, Q8_0)
+    (1, d64, cluster_d64, HalfKv, F16)
+    (2, d128, cluster_d128, HalfKv, F16)
+    (4, d256, cluster_d256, HalfKv, F16)
+    (1, q8_0_d64, cluster_q8_0_d64, Q8Kv, Q8_0)
+    (2, q8_0_d128, cluster_q8_0_d128, Q8Kv, Q8_0)
+    (4, q8_0_d256, cluster_q8_0_d256, Q8Kv, Q8_0)
 }
