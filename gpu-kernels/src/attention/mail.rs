@@ -69,8 +69,8 @@ impl Row for Apart {
     }
 }
 
-#[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]
 /// What the first block of a cluster gets from the others: of each the heads' values, and their largest scores and sums of weights.
+#[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]
 #[derive(Clone, Copy)]
 pub(super) struct Mail {
     memory: DynamicShared<u32>,

@@ -380,6 +380,7 @@ fn exact_attention(
     for token in 0..chunk.n_tokens {
         let (q, step) = (b.q.part(token * n_q..(token + 1) * n_q), b.steps.part(token..token + 1));
         let mut heads = b.heads.part(token * n_q..(token + 1) * n_q);
+        b.attention.suit(chunk.position + token + 1);
         // The chunk's keys and values are all of this moment.
         let shape = AttentionShape { n_fresh: token + 1, ..shape };
         ops::attention(device, &q, cache, &step, shape, &mut b.attention, &mut heads, None)?;

@@ -104,6 +104,8 @@ pub struct AttentionWorkspace {
     n_splits: usize,
     /// Which of the [`CONTEXT_KINDS`] it is for.
     kind: usize,
+    /// Whether there is room for a cluster of each kind, once it was asked: that takes longer than a launch.
+    has_room: [Option<bool>; CONTEXT_KINDS],
     rehearsals: u32,
     /// `[n_splits, n_head, head_dim]`.
     values: Buffer<f32>,
@@ -161,6 +163,7 @@ impl AttentionWorkspace {
             blocks_per_kv,
             n_splits,
             kind: 0,
+            has_room: [None; CONTEXT_KINDS],
             // Kernels that do not overlap have nothing to wait for.
             rehearsals: u32::from(device.overlaps_kernels()),
             values: device.alloc(n_splits * n_head * head_dim)?,
@@ -265,7 +268,12 @@ pub fn attention<'a>(
     if n_splits > 1 && n_splits <= attention_kernel::MAX_CLUSTER {
         let dynamic_shared_bytes = dim(4 * attention_kernel::mail_words(n_splits, heads, cache.head_dim))?;
         let config = LaunchConfig { cluster: dim(n_splits)?, dynamic_shared_bytes, ..config };
-        if device.has_room_for_cluster(kernel(true), config)? {
+        let has_room = match workspace.has_room[workspace.kind] {
+            Some(has_room) => has_room,
+            None => device.has_room_for_cluster(kernel(true), config)?,
+        };
+        workspace.has_room[workspace.kind] = Some(has_room);
+        if has_room {
             // SAFETY: the lengths are checked, the cache is whole by construction, and its positions are written; a row is a cluster,
             // with room for its mail.
             return unsafe { device.launch(kernel(true), config, (arguments,)) };
