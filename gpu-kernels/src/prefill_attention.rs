@@ -7,6 +7,7 @@
 //!
 //! Queries and weights are rounded to f16, as keys and values are; all sums are in f32.
 
+use crate::attention::LOWEST;
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::kv_cache::KvFormat;
 use crate::kv_cache::{HalfKv, KvCodec, KvRef, Q8Kv};
@@ -40,8 +41,6 @@ const PANEL_WORDS: usize = TILE_KEYS * PANEL_ROW_WORDS;
 const QUERY_WORDS: usize = PANEL_STEPS * WARP_SIZE as usize * 4;
 /// Sums that a lane has of a panel's columns.
 const SUMS: usize = PANEL_DEPTH / 2;
-/// What no score is below before the factor; finite, so that differences are numbers.
-const LOWEST: f32 = -1e30;
 /// The largest number in f16.
 const F16_MAX: f32 = 65_504.0;
 

@@ -1,4 +1,4 @@
-//! How the blocks that share a context put their parts together: a cluster's by mail to its first block, others' in device memory.
+//! How the blocks of a cluster put their parts together: they send them to its first block. Others know nothing of each other ([`Apart`]).
 
 use super::MAX_HEADS;
 #[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]

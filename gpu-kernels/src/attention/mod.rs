@@ -11,9 +11,11 @@
 //! looked at some positions holds their largest score, the sum of their weights relative to it, and the weighted sum
 //! of values, and two such parts combine into one of both. Where several blocks share a context (flash-decoding: Dao et al., 2023), they
 //! are a cluster, whose first block gets the others' parts (`mail.rs`), or, where they are too many for that, each leaves its part
-//! in device memory, and the last one to come combines them: none waits.
+//! in device memory, and the last one to come combines them (`splits.rs`): none waits.
 
 mod mail;
+mod reader;
+mod splits;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub use mail::{MAX_CLUSTER, mail_words};
@@ -25,12 +27,10 @@ use crate::kv_cache::{HalfKv, KvCodec, KvRef, Q8Kv};
 use crate::operand::Operand;
 use crate::step::Step;
 use core::f32::consts::LOG2_E;
-use cuda_std::atomic::{atomic_add_u32, thread_fence};
-use cuda_std::codegen::no_sooner;
 use cuda_std::float::{exp2, f16x2_to_f32, f32_to_f16x2, f32_to_f16x2_saturating, max, mul_add};
 use cuda_std::grid::{let_next_start, wait_for_previous, wait_for_previous_knowing};
 use cuda_std::intrinsics::transpose_halves;
-use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4, prefetch_l2, st_global_u32x4};
+use cuda_std::memory::{ld_global_u32x4, prefetch_l2, st_global_u32x4};
 use cuda_std::shared::Shared;
 use cuda_std::tensor::{F16, multiply_add_in_registers};
 use cuda_std::thread::{block_idx_x, block_idx_y, sync_threads, thread_idx_x};
@@ -40,6 +40,8 @@ use cuda_std::{kernel, shared_array};
 #[cfg(any(cuda_sm_90a, not(target_arch = "nvptx64")))]
 use mail::Mail;
 use mail::{Apart, Row};
+use reader::Reader;
+use splits::combine_if_last;
 
 /// Warps in a block.
 pub const WARPS: usize = 8;
@@ -119,105 +121,6 @@ pub struct Arguments {
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Arguments {}
 
-/// A lane's part of a piece of sixteen keys: of rows `group` and `group + 8` two times eight dimensions, the second ones 32 further
-/// on. `group` is the lane divided by four, `member` the rest, as in [`cuda_std::tensor`].
-type Keys<C> = [[<C as KvCodec>::Raw; 2]; 2];
-/// A lane's part of a piece of sixteen values: of rows `2 * member`, the next one, and both eight further on, eight dimensions.
-type Values<C> = [<C as KvCodec>::Raw; 4];
-
-/// What a lane reads of a head's keys and values.
-#[derive(Clone, Copy)]
-struct Reader {
-    keys: KvRef,
-    values: KvRef,
-    head_dim: u32,
-    group: u32,
-    member: u32,
-}
-
-impl Reader {
-    /// The same, of which nothing is known before `token`: addresses of what is read in each round of a loop would be kept in registers
-    /// else, more than there are.
-    #[inline(always)]
-    fn no_sooner(self, token: u32) -> Self {
-        Self { group: no_sooner(self.group, token), member: no_sooner(self.member, token), ..self }
-    }
-
-    /// Where a position's row starts. Beyond the last one of `end` that one is as good as any: it gets no weight.
-    #[inline(always)]
-    fn row(self, position: u32, end: u32) -> u32 {
-        position.min(end - 1) * self.head_dim
-    }
-
-    /// Eight dimensions from `dim` on of a row; beyond the head's end its last ones are as good as any: the query is 0 there, and nobody
-    /// looks at such a value.
-    ///
-    /// # Safety
-    /// The row is written.
-    #[inline(always)]
-    unsafe fn eight<C: KvCodec>(self, cache: KvRef, row: u32, dim: u32) -> C::Raw {
-        // SAFETY: the caller's promise.
-        unsafe { C::fetch(cache, (row + dim.min(self.head_dim - OCTET as u32)) as usize) }
-    }
-
-    /// Asks for a piece of the keys of the sixteen positions from `first` on, of `end`.
-    ///
-    /// # Safety
-    /// The positions before `end` are written, and there is one.
-    #[inline(always)]
-    unsafe fn keys<C: KvCodec>(self, piece: usize, first: u32, end: u32) -> Keys<C> {
-        let (low, high) = (self.row(first + self.group, end), self.row(first + self.group + 8, end));
-        let near = (PIECE * piece) as u32 + OCTET as u32 * self.member;
-        let far = near + PIECE as u32 / 2;
-        // SAFETY: the caller's promise.
-        unsafe {
-            [
-                [self.eight::<C>(self.keys, low, near), self.eight::<C>(self.keys, low, far)],
-                [self.eight::<C>(self.keys, high, near), self.eight::<C>(self.keys, high, far)],
-            ]
-        }
-    }
-
-    /// Likewise of the values.
-    ///
-    /// # Safety
-    /// As [`keys`](Self::keys).
-    #[inline(always)]
-    unsafe fn values<C: KvCodec>(self, piece: usize, first: u32, end: u32) -> Values<C> {
-        let row = first + 2 * self.member;
-        let dim = (PIECE * piece) as u32 + OCTET as u32 * self.group;
-        // SAFETY: the caller's promise.
-        unsafe {
-            [
-                self.eight::<C>(self.values, self.row(row, end), dim),
-                self.eight::<C>(self.values, self.row(row + 1, end), dim),
-                self.eight::<C>(self.values, self.row(row + 8, end), dim),
-                self.eight::<C>(self.values, self.row(row + 9, end), dim),
-            ]
-        }
-    }
-
-    /// The keys of all pieces.
-    ///
-    /// # Safety
-    /// As [`keys`](Self::keys).
-    #[inline(always)]
-    unsafe fn all_keys<C: KvCodec, const PIECES: usize>(self, first: u32, end: u32) -> [Keys<C>; PIECES] {
-        // SAFETY: the caller's promise.
-        core::array::from_fn(|piece| unsafe { self.keys::<C>(piece, first, end) })
-    }
-
-    /// The values of all pieces.
-    ///
-    /// # Safety
-    /// As [`keys`](Self::keys).
-    #[inline(always)]
-    unsafe fn all_values<C: KvCodec, const PIECES: usize>(self, first: u32, end: u32) -> [Values<C>; PIECES] {
-        // SAFETY: the caller's promise.
-        core::array::from_fn(|piece| unsafe { self.values::<C>(piece, first, end) })
-    }
-}
-
 /// Four values, each as two f16 whose sum it is: the larger ones of the first two and of the last two, and what they lack.
 #[inline(always)]
 fn split_4([a, b, c, d]: [f32; 4]) -> [u32; 4] {
@@ -249,8 +152,6 @@ unsafe fn attend<C: KvCodec, R: Row, const PIECES: usize>(a: Arguments) {
     let warp_values = shared_array!(ATTENTION_VALUES: [f32; WARPS * HEADS_WORDS]);
     let warp_max = shared_array!(ATTENTION_MAX: [f32; WARPS * MAX_HEADS]);
     let warp_sum = shared_array!(ATTENTION_SUM: [f32; WARPS * MAX_HEADS]);
-    // Whether this block is the last.
-    let is_last = shared_array!(ATTENTION_LAST: [u32; 1]);
 
     let (thread, split, row) = (thread_idx_x(), block_idx_x(), block_idx_y());
     let (warp, lane) = (thread / WARP_SIZE, thread % WARP_SIZE);
@@ -527,106 +428,8 @@ unsafe fn attend<C: KvCodec, R: Row, const PIECES: usize>(a: Arguments) {
         return;
     }
 
-    // The last block of the row has everything that the others wrote, and they are not waited for.
-    thread_fence();
-    sync_threads();
-    if thread == 0 {
-        // SAFETY: the row's counter.
-        let before = unsafe { atomic_add_u32(a.n_ended.add(row as usize), 1) };
-        is_last.set(0, u32::from(before + 1 == n_active));
-    }
-    sync_threads();
-    if is_last.get(0) == 0 {
-        return;
-    }
-    thread_fence();
-    // SAFETY: what the row's blocks have written is there.
-    unsafe { combine(a, first_head, n_heads, n_active) };
-    if thread == 0 {
-        // SAFETY: the row's counter, which no other block uses any more.
-        unsafe { *a.n_ended.add(row as usize) = 0 };
-    }
-}
-
-/// Combines what the blocks of a row have left.
-///
-/// # Safety
-/// `n_active` splits have values and sums of `n_heads` heads from `first_head` on.
-#[inline(always)]
-unsafe fn combine(a: Arguments, first_head: u32, n_heads: u32, n_active: u32) {
-    let factors = shared_array!(ATTENTION_FACTORS: [f32; MAX_HEADS * MAX_SPLITS]);
-    let partial = shared_array!(ATTENTION_PARTIAL: [f32; 4 * BLOCK_DIM]);
-    let thread = thread_idx_x();
-    let (warp, lane) = (thread / WARP_SIZE, thread % WARP_SIZE);
-    if warp < n_heads {
-        // A lane looks at every 32nd split.
-        let sums = |split: u32| {
-            let at = 2 * (split.min(n_active - 1) * a.n_head + first_head + warp) as usize;
-            // SAFETY: the caller's promise.
-            let [max, sum] = unsafe { ld_global_u32x2(a.split_sums.add(at).cast()) }.map(f32::from_bits);
-            if split < n_active { (max, sum) } else { (LOWEST, 0.0) }
-        };
-        const { assert!(MAX_SPLITS == 2 * WARP_SIZE as usize) };
-        let (near, far) = (sums(lane), sums(lane + WARP_SIZE));
-        let largest = warp_reduce_max(FULL_MASK, max(near.0, far.0), WARP_SIZE);
-        let (near, far) = (exp2(near.0 - largest) * near.1, exp2(far.0 - largest) * far.1);
-        let total = warp_reduce_add(FULL_MASK, near + far, WARP_SIZE);
-        let at = warp as usize * MAX_SPLITS + lane as usize;
-        factors.set(at, near / total);
-        factors.set(at + WARP_SIZE as usize, far / total);
-    }
-    sync_threads();
-
-    // Groups of threads share the splits, a thread takes four neighbouring values.
-    let n_quads = n_heads * a.head_dim / 4;
-    let n_groups = BLOCK_DIM as u32 / n_quads;
-    let (group, quad) = (thread / n_quads, thread % n_quads);
-    let head = 4 * quad / a.head_dim;
-    let mut sum = [0.0f32; 4];
-    let mut split = group;
-    while split < n_active {
-        // Four on their way at once.
-        let fetch = |i: u32| {
-            let split = (split + i * n_groups).min(n_active - 1);
-            let at = (split * a.n_head + first_head) * a.head_dim + 4 * quad;
-            // SAFETY: the caller's promise.
-            unsafe { ld_global_u32x4(a.split_values.add(at as usize).cast()) }.map(f32::from_bits)
-        };
-        let add = |i: u32, [v0, v1, v2, v3]: [f32; 4], [s0, s1, s2, s3]: [f32; 4]| {
-            // Splits that are not there have a factor of 0.
-            let at = split + i * n_groups;
-            let factor =
-                if at < n_active { factors.get(head as usize * MAX_SPLITS + at as usize) } else { 0.0 };
-            [
-                mul_add(factor, v0, s0),
-                mul_add(factor, v1, s1),
-                mul_add(factor, v2, s2),
-                mul_add(factor, v3, s3),
-            ]
-        };
-        let (v0, v1, v2, v3) = (fetch(0), fetch(1), fetch(2), fetch(3));
-        sum = add(3, v3, add(2, v2, add(1, v1, add(0, v0, sum))));
-        split += 4 * n_groups;
-    }
-    if group < n_groups {
-        partial.set4(4 * thread as usize, sum);
-    }
-    sync_threads();
-    if group == 0 {
-        let mut sum = [0.0f32; 4];
-        for group in 0..n_groups {
-            let [v0, v1, v2, v3] = partial.get4(4 * (group * n_quads + quad) as usize);
-            sum = [sum[0] + v0, sum[1] + v1, sum[2] + v2, sum[3] + v3];
-        }
-        // SAFETY: the values are the output's, and this thread's own.
-        unsafe {
-            let first = (first_head * a.head_dim + 4 * quad) as usize;
-            st_global_u32x4(a.out.add(first).cast(), sum.map(f32::to_bits));
-            if !a.operand.words.is_null() {
-                a.operand.store_4(first, sum);
-            }
-        }
-    }
+    // SAFETY: the block has left its part, of these heads.
+    unsafe { combine_if_last(a, row, first_head, n_heads, n_active) };
 }
 
 macro_rules! define_kernel {

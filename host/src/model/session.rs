@@ -102,7 +102,7 @@ impl Way {
 }
 
 /// Longest context with which a token goes through all layers in one launch, where it can: attention of a few multiprocessors takes
-/// longer than that of all the more positions there are.
+/// longer than that of all the more positions there are (docs/performance.md, version 13).
 const MOST_TOGETHER: usize = 1080;
 
 /// How far recording a step's launches has come.
