@@ -29,7 +29,7 @@ mod half;
 
 pub use bfloat::{bf16x2_to_f32, f32_to_bf16x2};
 pub use half::{
-    f16_to_f32, f16x2_max_magnitudes, f16x2_to_bytes, f16x2_to_f32, f32_to_f16, f32_to_f16x2,
+    f16_to_f32, f16x2_max_magnitudes, f16x2_mul, f16x2_to_bytes, f16x2_to_f32, f32_to_f16, f32_to_f16x2,
     f32_to_f16x2_saturating,
 };
 

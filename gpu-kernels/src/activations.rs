@@ -13,8 +13,8 @@ use crate::gemv::input::Input;
 use crate::operand::{SCALE, octet_of};
 use bytemuck::{Pod, Zeroable};
 use cuda_std::float::{
-    abs, div_normal, f16x2_max_magnitudes, f16x2_to_bytes, f16x2_to_f32, f32_to_f16x2, low_bits_of_integer,
-    max, mul_add, rcp,
+    abs, div_normal, f16x2_max_magnitudes, f16x2_mul, f16x2_to_bytes, f16x2_to_f32, f32_to_f16x2,
+    low_bits_of_integer, max, mul_add, rcp,
 };
 use cuda_std::intrinsics::low_bytes;
 use cuda_std::memory::{ld_global_u32x2, ld_global_u32x4};
@@ -80,12 +80,16 @@ pub trait Activations: Copy {
     /// What it makes of that.
     type Unit: Copy;
 
-    /// Asks for unit `unit` of those that meet tile `tile`: what is done between this and [`unit`](Self::unit) does not wait
-    /// for memory.
+    /// What [`fetch`](Self::fetch) takes to find unit `unit`, which can be worked out before the vector is there.
+    fn place(unit: u32) -> u32 {
+        unit
+    }
+
+    /// Asks for the unit at `place`: what is done between this and [`unit`](Self::unit) does not wait for memory.
     ///
     /// # Safety
     /// The input must be as its fields say, in device memory, and the unit inside it.
-    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> Self::Fetched;
+    unsafe fn fetch(input: &Input, place: u32) -> Self::Fetched;
 
     /// The unit.
     fn unit(input: &Input, fetched: Self::Fetched) -> Self::Unit;
@@ -125,33 +129,47 @@ impl Q8_1Unit {
     /// most, so the largest magnitude is 127.
     #[inline(always)]
     fn quantize(pairs: [u32; UNIT / 2]) -> Self {
-        let mut largest = 0;
-        let mut i = 0;
-        while i < UNIT / 2 {
-            largest = f16x2_max_magnitudes(largest, pairs[i]);
-            i += 1;
+        let mut largest = pairs;
+        let mut n = UNIT / 2;
+        while n > 1 {
+            n /= 2;
+            let mut i = 0;
+            while i < n {
+                largest[i] = f16x2_max_magnitudes(largest[i], largest[i + n]);
+                i += 1;
+            }
         }
-        let [low, high] = f16x2_to_f32(largest);
-        let amax = max(low, high);
+        let [low, high] = f16x2_to_f32(largest[0]);
+        // Zeros are 0 times whatever the smallest number is.
+        let amax = max(max(low, high), SMALLEST);
         // Of small numbers no f16 is the inverse: they are raised first.
-        let (raise, raises, lower) = if amax < 2.0 {
-            (RAISE, f16_twice(RAISE), 1.0 / (RAISE * SCALE))
-        } else {
-            (1.0, f16_twice(1.0), 1.0 / SCALE)
-        };
-        let factor = if amax > 0.0 { div_normal(127.0, amax * raise) } else { 0.0 };
+        let is_small = amax < SMALL;
+        let (raise, lower) = if is_small { (RAISE, 1.0 / (RAISE * SCALE)) } else { (1.0, 1.0 / SCALE) };
+        let factor = div_normal(127.0, amax * raise);
         let factors = f32_to_f16x2(factor, factor);
         let [factor, _] = f16x2_to_f32(factors);
         let mut words = [0; UNIT_WORDS];
         let mut i = 0;
-        while i < UNIT_WORDS {
-            words[i] = f16x2_to_bytes([pairs[2 * i], pairs[2 * i + 1]], raises, factors);
-            i += 1;
+        if is_small {
+            while i < UNIT_WORDS {
+                let raised = [pairs[2 * i], pairs[2 * i + 1]].map(|pair| f16x2_mul(pair, f16_twice(RAISE)));
+                words[i] = f16x2_to_bytes(raised, factors);
+                i += 1;
+            }
+        } else {
+            while i < UNIT_WORDS {
+                words[i] = f16x2_to_bytes([pairs[2 * i], pairs[2 * i + 1]], factors);
+                i += 1;
+            }
         }
-        Self::new(words, if amax > 0.0 { lower * rcp(factor) } else { 0.0 })
+        Self::new(words, lower * rcp(factor))
     }
 }
 
+/// The smallest f16 above 0.
+const SMALLEST: f32 = 1.0 / (1 << 24) as f32;
+/// Largest magnitudes below this one are small: 127 over it is about the largest f16.
+const SMALL: f32 = 1.0 / 512.0;
 /// What small numbers are multiplied with before their factor is.
 const RAISE: f32 = 32_768.0;
 
@@ -200,9 +218,14 @@ impl Activations for QuantizedOperand {
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [u32; UNIT / 2] {
+    fn place(unit: u32) -> u32 {
+        place_in_operand(unit)
+    }
+
+    #[inline(always)]
+    unsafe fn fetch(input: &Input, place: u32) -> [u32; UNIT / 2] {
         // SAFETY: the caller's promise.
-        unsafe { fetch_operand(input, tile, unit) }
+        unsafe { fetch_operand(input, place) }
     }
 
     #[inline(always)]
@@ -216,17 +239,23 @@ impl Activations for QuantizedOperand {
     }
 }
 
-/// Asks for the 32 columns of unit `unit` of those that meet tile `tile`.
+/// Where in an operand unit `unit` begins, in pieces of 16 bytes.
+#[inline(always)]
+fn place_in_operand(unit: u32) -> u32 {
+    const TILE: u32 = TILE_UNITS as u32;
+    unit / TILE * TILE * UNIT_OCTETS as u32 + unit % TILE
+}
+
+/// Asks for the 32 columns of the unit at `place`.
 ///
 /// # Safety
 /// The input must be an operand that has the unit.
 #[inline(always)]
-unsafe fn fetch_operand(input: &Input, tile: u32, unit: u32) -> [u32; UNIT / 2] {
-    let (tile, unit) = (tile as usize, unit as usize);
+unsafe fn fetch_operand(input: &Input, place: u32) -> [u32; UNIT / 2] {
     // SAFETY: the unit is inside the vector, as the caller vouches.
     let part = |i: usize| unsafe {
         let parts = input.words.cast::<[u32; 4]>();
-        ld_global_u32x4(parts.add((tile * UNIT_OCTETS + i) * TILE_UNITS + unit))
+        ld_global_u32x4(parts.add(place as usize + i * TILE_UNITS))
     };
     let ([a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]) = (part(0), part(1), part(2), part(3));
     [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
@@ -238,16 +267,15 @@ impl Activations for Q8_1 {
     type Unit = Q8_1Unit;
 
     #[inline(always)]
-    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [u32; UNIT / 2] {
-        let (tile, unit) = (tile as usize, unit as usize);
+    unsafe fn fetch(input: &Input, unit: u32) -> [u32; UNIT / 2] {
         if input.words.is_null() {
             // SAFETY: the unit is inside the vector, as the caller vouches.
             let FetchedQ8_1 { words: [a, b, c, d, e, f, g, h], d: scale } =
-                unsafe { FetchedQ8_1::fetch(input.quants, input.scales, tile * TILE_UNITS + unit) };
+                unsafe { FetchedQ8_1::fetch(input.quants, input.scales, unit as usize) };
             return [a, b, c, d, e, f, g, h, scale.to_bits(), 0, 0, 0, 0, 0, 0, 0];
         }
         // SAFETY: the caller's promise.
-        unsafe { fetch_operand(input, tile as u32, unit as u32) }
+        unsafe { fetch_operand(input, place_in_operand(unit)) }
     }
 
     #[inline(always)]
@@ -275,8 +303,8 @@ impl Activations for F32Vector {
     type Unit = [f32; UNIT];
 
     #[inline(always)]
-    unsafe fn fetch(input: &Input, tile: u32, unit: u32) -> [f32; UNIT] {
-        let first = (tile as usize * TILE_UNITS + unit as usize) * UNIT_OCTETS;
+    unsafe fn fetch(input: &Input, unit: u32) -> [f32; UNIT] {
+        let first = unit as usize * UNIT_OCTETS;
         let mut values = [0.0; UNIT];
         let mut part = 0;
         while part < UNIT_OCTETS {

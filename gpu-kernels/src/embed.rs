@@ -2,8 +2,8 @@
 
 use crate::activations::{OCTET, UNIT_OCTETS};
 use crate::block::block_sum;
-use crate::formats::tile::{DeviceTile, Geometry, TILE_ROWS, TILE_UNITS};
-use crate::formats::{Format, Place, UNIT, WeightFormat, WeightUnit};
+use crate::formats::tile::{DeviceTile, Geometry};
+use crate::formats::{Format, UNIT, WeightFormat, WeightUnit};
 use crate::gemv::MatrixRef;
 use crate::operand::{Operand, octet_of};
 use crate::rope::angle;
@@ -62,16 +62,15 @@ pub unsafe fn embed(
     };
     let geometry = Geometry {
         n_units: n_embd.div_ceil(UNIT),
+        strip_quads: weights.strip_quads as usize,
         tile_bytes: weights.tile_bytes as usize,
         last_tile_bytes: weights.last_tile_bytes as usize,
     };
     let mut values = [0.0; UNIT];
     if index < geometry.n_units {
-        let (row, tile) = (step.token as usize, index / TILE_UNITS);
-        let place =
-            Place { n_units: geometry.units_of(tile), row: row % TILE_ROWS, unit: index % TILE_UNITS };
+        let (offset, place) = geometry.find(step.token as usize, index);
         // SAFETY: the row is one of the matrix's.
-        let source = unsafe { DeviceTile::at(weights.tiles.add(geometry.offset(row / TILE_ROWS, tile))) };
+        let source = unsafe { DeviceTile::at(weights.tiles.add(offset)) };
         macro_rules! dequantize {
             ($(($Type:ident, $name:ident))*) => {
                 match weights.format {

@@ -33,7 +33,7 @@ use cuda_std::tensor::{
     Bf16, PANEL_ALIGNMENT, PANEL_ROW_WORDS, PANEL_STEPS, Panel, aligned_start, multiply_add,
 };
 use cuda_std::thread::{block_idx_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp};
+use cuda_std::warp::{FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_id, warp_uniform};
 use cuda_std::{dynamic_shared, kernel};
 
 /// Warps in a block: two groups of four.
@@ -174,15 +174,19 @@ unsafe fn products<F: WeightFormat, const SUMS: usize, const EXACT: bool>(
         let [high, low] = pieces(panel);
         if EXACT { copies.restart(1, [high, low]) } else { copies.restart(1, [high]) }
     };
+    // The quad's strip, and where in it the quad's rows begin and all end.
+    let (strip, in_strip) = (quad / matrix.strip_quads, quad % matrix.strip_quads);
+    let first_unit = in_strip as usize * n_units;
+    let strip_units = matrix.strip_quads as usize * n_units;
     // SAFETY: the quad is one of the matrix's.
-    let tiles = unsafe { matrix.tiles.add(quad as usize * matrix.quad_bytes as usize) };
+    let tiles = unsafe { matrix.tiles.add(strip as usize * matrix.strip_bytes as usize) };
     // The place of the unit that this lane takes of a group, and its tile. Beyond the last one it is that again, times
     // zeros.
     let place = |number: usize, row: usize| {
-        let unit = (number * GROUP_UNITS + member as usize).min(n_units - 1);
+        let unit = first_unit + (number * GROUP_UNITS + member as usize).min(n_units - 1);
         let tile = unit / TILE_UNITS;
-        let n_units = TILE_UNITS.min(n_units - tile * TILE_UNITS);
-        // SAFETY: the tile is one of the quad's.
+        let n_units = TILE_UNITS.min(strip_units - tile * TILE_UNITS);
+        // SAFETY: the tile is one of the strip's.
         let source = unsafe { DeviceTile::at(tiles.add(tile * matrix.tile_bytes as usize)) };
         (source, Place { n_units, row, unit: unit % TILE_UNITS })
     };
@@ -286,7 +290,7 @@ unsafe fn run<const SUMS: usize, const EXACT: bool>(
 ) {
     let_next_start();
     let memory = dynamic_shared!(GEMM_MEMORY: [u32]);
-    let warp = thread_idx_x() / WARP_SIZE;
+    let warp = warp_uniform(warp_id());
     // Blocks of the same rows are neighbours: the weights are in the L2 cache for all but the first.
     let token_tile = block_idx_x() % shape.token_tiles;
     let (row_tile, split) =

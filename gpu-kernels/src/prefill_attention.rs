@@ -23,7 +23,8 @@ use cuda_std::tensor::{
 };
 use cuda_std::thread::{block_dim_x, block_idx_x, block_idx_y, grid_dim_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{
-    FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_reduce_add, warp_reduce_max, warp_vote_any,
+    FULL_MASK, WARP_SIZE, lane_id, sync_warp, warp_id, warp_reduce_add, warp_reduce_max, warp_uniform,
+    warp_vote_any,
 };
 use cuda_std::{dynamic_shared, kernel};
 
@@ -323,7 +324,7 @@ unsafe fn attend<C: Tiles, const PANELS: usize>(a: Arguments) {
     let_next_start();
     wait_for_previous();
     let memory = dynamic_shared!(PREFILL_ATTENTION_MEMORY: [u32]);
-    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
+    let (warp, lane) = (warp_uniform(warp_id()), lane_id());
     let (group, member) = (lane / 4, lane % 4);
     let split_warps = block_dim_x() / WARP_SIZE / a.splits;
     let (split, warp) = (warp / split_warps, warp % split_warps);

@@ -110,28 +110,36 @@ pub fn f16x2_max_magnitudes(a: u32, b: u32) -> u32 {
     }
 }
 
-/// The integers nearest to four numbers, two in each word, times `raise` times `factor`, the even one of two that are equally near: a
-/// byte each, the lower half of `a` first.
-///
-/// `raise` and `factor` have the bits of an f16 in both halves. What a number becomes times `raise`, a power of two, has to be an
-/// f16, and the integer goes from -128 to 127. On a GPU both numbers of a word are worked out at a time: what is added to their products
-/// leaves the integer in the mantissa.
+/// Two products of numbers that each have the bits of an f16 in half of a word, rounded to f16.
 #[inline(always)]
-pub fn f16x2_to_bytes([a, b]: [u32; 2], raise: u32, factor: u32) -> u32 {
+pub fn f16x2_mul(a: u32, b: u32) -> u32 {
+    cfg_select! {
+        target_arch = "nvptx64" => ptx!("mul.rn.f16x2", a, b),
+        _ => {
+            let ([a0, a1], [b0, b1]) = (f16x2_to_f32(a), f16x2_to_f32(b));
+            f32_to_f16x2(a0 * b0, a1 * b1)
+        }
+    }
+}
+
+/// The integers nearest to four numbers, two in each word, times `factor`, the even one of two that are equally near: a byte each, the
+/// lower half of `a` first.
+///
+/// `factor` has the bits of an f16 in both halves, and the integer goes from -128 to 127. On a GPU both numbers of a word are
+/// worked out at a time: what is added to their products leaves the integer in the mantissa.
+#[inline(always)]
+pub fn f16x2_to_bytes([a, b]: [u32; 2], factor: u32) -> u32 {
     cfg_select! {
         target_arch = "nvptx64" => {
             // 1,536 in both halves.
             const INTEGERS: u32 = 0x6600_6600;
-            let integers = |word: u32| -> u32 {
-                let raised: u32 = ptx!("mul.rn.f16x2", word, raise);
-                ptx!("fma.rn.f16x2", raised, factor, INTEGERS)
-            };
+            let integers = |word: u32| -> u32 { ptx!("fma.rn.f16x2", word, factor, INTEGERS) };
             let (a, b) = (integers(a), integers(b));
             ptx!("prmt.b32", a, b, 0x6420u32)
         }
         _ => {
             // Two f16 have a product that an f32 has as well.
-            let factor = f16_to_f32(raise as u16) * f16_to_f32(factor as u16);
+            let factor = f16_to_f32(factor as u16);
             let ([a, b], [c, d]) = (f16x2_to_f32(a), f16x2_to_f32(b));
             crate::intrinsics::low_bytes([a, b, c, d].map(|x| super::low_bits_of_integer(x * factor)))
         }
@@ -165,20 +173,31 @@ mod tests {
     #[test]
     fn products_become_the_nearest_integers() {
         let twice = |value: f32| f32_to_f16x2(value, value);
-        for (raise, factor) in [(1.0, 12.7), (32_768.0, 0.0146), (32_768.0, 64_000.0), (1.0, 0.002)] {
+        for factor in [12.7, 478.0, 64_000.0, 0.002] {
             let factor = f16_to_f32(f32_to_f16(factor));
             for i in -127..=127i16 {
                 // The nearest f16, and those between two integers.
-                let x = |integer: f32| f16_to_f32(f32_to_f16(integer / (raise * factor)));
+                let x = |integer: f32| f16_to_f32(f32_to_f16(integer / factor));
                 let values = [x(i.into()), x(f32::from(i) + 0.5), x(f32::from(-i)), x(f32::from(-i) - 0.5)];
                 let words = [f32_to_f16x2(values[0], values[1]), f32_to_f16x2(values[2], values[3])];
-                let bytes = f16x2_to_bytes(words, twice(raise), twice(factor)).to_le_bytes();
+                let bytes = f16x2_to_bytes(words, twice(factor)).to_le_bytes();
                 for (byte, value) in bytes.into_iter().zip(values) {
-                    let expected =
-                        (f64::from(value) * f64::from(raise) * f64::from(factor)).round_ties_even();
-                    assert_eq!(byte, expected as i64 as u8, "{value} times {raise} times {factor}");
+                    let expected = (f64::from(value) * f64::from(factor)).round_ties_even();
+                    assert_eq!(byte, expected as i64 as u8, "{value} times {factor}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn products_of_both_halves() {
+        for (a, b, expected) in [
+            ([1.5, -2.0], [2.0, 0.25], [3.0, -0.5]),
+            ([6e-8, 1.0], [32_768.0, 32_768.0], [f16_to_f32(1) * 32_768.0, 32_768.0]),
+            ([0.0, 65_504.0], [-1.0, 2.0], [-0.0, f32::INFINITY]),
+        ] {
+            let word = |[low, high]: [f32; 2]| f32_to_f16x2(low, high);
+            assert_eq!(f16x2_mul(word(a), word(b)), word(expected), "{a:?} times {b:?}");
         }
     }
 

@@ -142,28 +142,30 @@ pub fn warp_reduce_add_n<const N: usize>(mask: u32, values: [f32; N], width: u32
     }
 }
 
-/// Four sums over the whole warp: lanes 0 to 7 get the sum of every lane's first value, lanes 8 to 15 that of the
-/// second, and so on. Takes a third of the exchanges that [`warp_reduce_add_n`] takes.
+/// Four sums over the whole warp, or over each half of it: of each 16 lanes the first four get the sum of the first values, the
+/// next four that of the second ones, and so on. Takes a third of the exchanges that [`warp_reduce_add_n`] takes, as many for
+/// halves, and the compiler need not know which it is.
 #[inline(always)]
 #[track_caller]
-pub fn warp_reduce_add_4(values: [f32; 4]) -> f32 {
+pub fn warp_reduce_add_4(values: [f32; 4], of_halves: bool) -> f32 {
     cfg_select! {
         target_arch = "nvptx64" => {
             use super::{FULL_MASK, lane_id};
-            let exchange = |keep: f32, give: f32, distance: u32| {
-                keep + warp_shuffle_xor(FULL_MASK, give, distance, 32)
-            };
+            let from = |value: f32, distance: u32| warp_shuffle_xor(FULL_MASK, value, distance, 32);
             let [v0, v1, v2, v3] = values;
-            // Each half of the warp gives away the two values that it will not sum up, then each quarter one.
-            let upper = lane_id() & 16 != 0;
+            // Eight lanes give away the two values that they will not sum up, then four lanes one.
+            let upper = lane_id() & 8 != 0;
             let (keep0, give0) = if upper { (v2, v0) } else { (v0, v2) };
             let (keep1, give1) = if upper { (v3, v1) } else { (v1, v3) };
-            let (a, b) = (exchange(keep0, give0, 16), exchange(keep1, give1, 16));
-            let (keep, give) = if lane_id() & 8 != 0 { (b, a) } else { (a, b) };
-            let sum = exchange(keep, give, 8);
-            butterfly(FULL_MASK, sum, 8, |a, b| a + b)
+            let (a, b) = (keep0 + from(give0, 8), keep1 + from(give1, 8));
+            let (keep, give) = if lane_id() & 4 != 0 { (b, a) } else { (a, b) };
+            let sum = keep + from(give, 4);
+            let sum = sum + from(sum, 2);
+            let sum = sum + from(sum, 1);
+            let other_half = from(sum, 16);
+            if of_halves { sum } else { sum + other_half }
         }
-        _ => collective::<FourSums>(super::FULL_MASK, 32, values)[0],
+        _ => collective::<FourSums>(super::FULL_MASK, if of_halves { 16 } else { 32 }, values)[0],
     }
 }
 
@@ -241,7 +243,8 @@ mod emulated {
                 }
                 a
             });
-            lanes.set_each(|lane| [values[0][lane / 8]; 4]);
+            let width = width as usize;
+            lanes.set_each(|lane| [values[lane / width * width][lane % 16 / 4]; 4]);
         }
     }
 

@@ -155,23 +155,28 @@ fn reductions_equal_a_butterfly_to_the_bit() {
 }
 
 #[kernel]
-pub unsafe fn four_sums(x: *const [f32; 4], out: *mut f32) {
+pub unsafe fn four_sums(x: *const [f32; 4], of_halves: u32, out: *mut f32) {
     let i = index_1d() as usize;
     // SAFETY: one element per thread.
-    unsafe { *out.add(i) = warp_reduce_add_4(*x.add(i)) };
+    unsafe { *out.add(i) = warp_reduce_add_4(*x.add(i), of_halves != 0) };
 }
 
 #[test]
-fn each_quarter_of_a_warp_gets_one_of_four_sums() {
+fn four_lanes_get_one_of_four_sums() {
     let x: Vec<[f32; 4]> =
         values(4 * 64).chunks(4).map(|four| [four[0], four[1], four[2], four[3]]).collect();
-    let mut out = vec![0.0; x.len()];
-    launch(&FOUR_SUMS, 2, 32, (x.as_ptr(), out.as_mut_ptr()));
-    for (i, &sum) in out.iter().enumerate() {
-        let (warp, quarter) = (i / 32, i % 32 / 8);
-        let values = || x[32 * warp..32 * warp + 32].iter().map(|four| f64::from(four[quarter]));
-        let (expected, magnitude) = (values().sum::<f64>(), values().map(f64::abs).sum::<f64>());
-        assert!((f64::from(sum) - expected).abs() <= 1e-6 * magnitude, "thread {i}: {sum}, not {expected}");
+    for (width, of_halves) in [(32, false), (16, true)] {
+        let mut out = vec![0.0; x.len()];
+        launch(&FOUR_SUMS, 2, 32, (x.as_ptr(), u32::from(of_halves), out.as_mut_ptr()));
+        for (i, &sum) in out.iter().enumerate() {
+            let (group, value) = (i / width, i % 16 / 4);
+            let values = || x[width * group..][..width].iter().map(|four| f64::from(four[value]));
+            let (expected, magnitude) = (values().sum::<f64>(), values().map(f64::abs).sum::<f64>());
+            assert!(
+                (f64::from(sum) - expected).abs() <= 1e-6 * magnitude,
+                "thread {i} of {width}: {sum}, not {expected}"
+            );
+        }
     }
 }
 

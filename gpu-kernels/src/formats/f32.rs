@@ -11,6 +11,7 @@ impl WeightFormat for F32 {
     const BLOCK_LEN: usize = 1;
     const BLOCK_BYTES: usize = 4;
     const IN_PAIRS: bool = false;
+    const IN_STRIPS_OF_TWO: bool = false;
     type Unit = FloatUnit;
 
     #[inline(always)]

@@ -58,10 +58,13 @@ pub trait WeightFormat: Copy {
     const BLOCK_LEN: usize;
     /// Bytes in a GGUF block.
     const BLOCK_BYTES: usize;
-    /// Whether a lane has registers for units of two quads at a time, in a matrix-vector product,
+    /// Warps of a matrix-vector product that a multiprocessor has registers for.
+    const WARPS: u32 = 24;
+    /// Whether a lane then has some for units of two strips at a time.
     const IN_PAIRS: bool;
-    /// and in one of three matrices.
-    const IN_PAIRS_OF_THREE: bool = Self::IN_PAIRS;
+    /// Whether two quads are a [strip](tile) where their rows end in half a tile: not where [`layers`](crate::layers) takes them
+    /// one by one.
+    const IN_STRIPS_OF_TWO: bool;
     /// What a lane holds of one unit.
     type Unit: WeightUnit + Copy;
 
@@ -318,6 +321,16 @@ macro_rules! define_format {
             /// Bytes in a GGUF row of `n_cols` weights, a multiple of [`block_len`](Self::block_len).
             pub const fn row_bytes(self, n_cols: usize) -> usize {
                 n_cols / self.block_len() * self.block_bytes()
+            }
+
+            /// Quads in a strip of a matrix with `n_units` units in a row.
+            pub const fn strip_quads(self, n_units: usize) -> usize {
+                match self { $(Format::$Type => tile::strip_quads::<$Type>(n_units)),* }
+            }
+
+            /// Warps of a matrix-vector product that a multiprocessor has registers for.
+            pub const fn gemv_warps(self) -> u32 {
+                match self { $(Format::$Type => <$Type as WeightFormat>::WARPS),* }
             }
 
             /// Bytes of a tile of `n_units` units by four rows.

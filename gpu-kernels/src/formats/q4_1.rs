@@ -18,6 +18,7 @@ impl WeightFormat for Q4_1 {
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 20;
     const IN_PAIRS: bool = true;
+    const IN_STRIPS_OF_TWO: bool = false;
     type Unit = NibbleUnit;
 
     #[inline(always)]

@@ -39,6 +39,7 @@ impl WeightFormat for Q4_K {
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 144;
     const IN_PAIRS: bool = true;
+    const IN_STRIPS_OF_TWO: bool = true;
     type Unit = NibbleUnit;
 
     #[inline(always)]
@@ -54,7 +55,7 @@ impl WeightFormat for Q4_K {
             let block = row.add(unit / 8 * Self::BLOCK_BYTES);
             let quants = block.add(16 + j / 2 * 32);
             let nibbles = pack_nibbles(|i| (*quants.add(i) >> (4 * (j % 2))) & 15);
-            let group = tile.add(unit / 8 % 4 * GROUP);
+            let group = tile.add(place.unit / 8 * GROUP);
             let in_group = Place { unit: j, ..place };
             *group.cast::<[u32; 4]>().add(in_group.by_unit_swizzled()) = nibbles;
             let packed = [read_u32(block.add(4)), read_u32(block.add(8)), read_u32(block.add(12))];

@@ -94,10 +94,8 @@ impl WeightFormat for Q6_K {
     const FORMAT: Format = Format::Q6_K;
     const BLOCK_LEN: usize = 256;
     const BLOCK_BYTES: usize = 210;
-    // On older GPUs that would be a few registers too many.
-    const IN_PAIRS: bool = cfg!(any(cuda_sm_90, not(target_arch = "nvptx64")));
-    // Some would be spilled.
-    const IN_PAIRS_OF_THREE: bool = false;
+    const IN_PAIRS: bool = false;
+    const IN_STRIPS_OF_TWO: bool = true;
     type Unit = SixBitUnit;
 
     #[inline(always)]

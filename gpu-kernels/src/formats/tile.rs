@@ -1,9 +1,10 @@
 //! Tiles: how a matrix lies in device memory.
 //!
-//! Rows are taken four at a time (a *quad*); the last ones are filled up with zeros. A quad is a sequence of tiles of
-//! 32 units, the last of what is left, each starting at a multiple of 16 bytes. A warp works on a tile at a time, a
-//! lane on one unit of each of the four rows: so the activations are read once for four rows, and a tile of Q4_K
-//! is 2,304 consecutive bytes to stream.
+//! Rows are taken four at a time (a *quad*); the last ones are filled up with zeros. What lies together is a *strip*: a quad,
+//! or, where its rows end in half a tile, two, packed as if the second one's rows went on where the first one's end; so
+//! no tile is a half. A strip is a sequence of tiles of 32 units, the last of what is left, each starting at a multiple of
+//! 16 bytes. A warp works on a tile at a time, a lane on one unit of each of the four rows: so the activations are read once
+//! for four rows, and a tile of Q4_K is 2,304 consecutive bytes to stream.
 
 use super::{Place, WeightFormat};
 use core::cell::Cell;
@@ -14,6 +15,8 @@ use cuda_std::shared::DynamicShared;
 pub const TILE_ROWS: usize = 4;
 /// Units in each row of a tile, but for the last tile of a row.
 pub const TILE_UNITS: usize = 32;
+/// Units in half of a tile: the rows of a quad end, and begin, at a multiple of as many.
+pub const HALF_UNITS: usize = TILE_UNITS / 2;
 /// Tiles start at multiples of this many bytes.
 pub const ALIGNMENT: usize = 16;
 
@@ -23,47 +26,61 @@ pub fn aligned_bytes<F: WeightFormat>(n_units: usize) -> usize {
     F::tile_bytes(n_units).next_multiple_of(ALIGNMENT)
 }
 
-/// Where tiles and quads of a matrix start.
+/// Quads in a strip of a matrix with `n_units` units in a row. In long rows half a tile is little, and two quads are much.
+pub const fn strip_quads<F: WeightFormat>(n_units: usize) -> usize {
+    let is_short = n_units < 4 * TILE_UNITS;
+    if F::IN_STRIPS_OF_TWO && is_short && n_units % TILE_UNITS == HALF_UNITS { 2 } else { 1 }
+}
+
+/// Where the units of a matrix are.
 #[derive(Clone, Copy, Debug)]
 pub struct Geometry {
     /// Units in a row.
     pub n_units: usize,
+    /// Quads in a strip, 1 or 2.
+    pub strip_quads: usize,
     /// Bytes of a tile of 32 units.
     pub tile_bytes: usize,
-    /// Bytes of the last tile of a row, where it is shorter.
+    /// Bytes of the last tile of a strip, where it is shorter.
     pub last_tile_bytes: usize,
 }
 
 impl Geometry {
-    /// Tiles in a quad.
+    /// Units in a row of a strip.
     #[inline(always)]
-    pub fn n_tiles(self) -> usize {
-        self.n_units.div_ceil(TILE_UNITS)
+    fn strip_units(self) -> usize {
+        self.strip_quads * self.n_units
     }
 
-    /// Units in each row of tile `tile`.
+    /// Tiles in a strip.
     #[inline(always)]
-    pub fn units_of(self, tile: usize) -> usize {
-        TILE_UNITS.min(self.n_units - tile * TILE_UNITS)
+    pub fn n_tiles(self) -> usize {
+        self.strip_units().div_ceil(TILE_UNITS)
     }
 
     /// Bytes of tile `tile`.
     #[inline(always)]
     pub fn bytes_of(self, tile: usize) -> usize {
-        if (tile + 1) * TILE_UNITS <= self.n_units { self.tile_bytes } else { self.last_tile_bytes }
+        if (tile + 1) * TILE_UNITS <= self.strip_units() { self.tile_bytes } else { self.last_tile_bytes }
     }
 
-    /// Bytes of a quad.
+    /// Bytes of a strip.
     #[inline(always)]
-    pub fn quad_bytes(self) -> usize {
-        let short = if self.n_units.is_multiple_of(TILE_UNITS) { 0 } else { self.last_tile_bytes };
-        self.n_units / TILE_UNITS * self.tile_bytes + short
+    pub fn strip_bytes(self) -> usize {
+        let n_units = self.strip_units();
+        let short = if n_units.is_multiple_of(TILE_UNITS) { 0 } else { self.last_tile_bytes };
+        n_units / TILE_UNITS * self.tile_bytes + short
     }
 
-    /// Where tile `tile` of quad `quad` starts, in bytes.
+    /// Where the tile of unit `unit` of row `row` starts, in bytes, and the unit's place in it.
     #[inline(always)]
-    pub fn offset(self, quad: usize, tile: usize) -> usize {
-        quad * self.quad_bytes() + tile * self.tile_bytes
+    pub fn find(self, row: usize, unit: usize) -> (usize, Place) {
+        let quad = row / TILE_ROWS;
+        let (strip, unit) = (quad / self.strip_quads, quad % self.strip_quads * self.n_units + unit);
+        let tile = unit / TILE_UNITS;
+        let n_units = TILE_UNITS.min(self.strip_units() - tile * TILE_UNITS);
+        let place = Place { n_units, row: row % TILE_ROWS, unit: unit % TILE_UNITS };
+        (strip * self.strip_bytes() + tile * self.tile_bytes, place)
     }
 }
 

@@ -12,14 +12,18 @@ pub struct Quad {
     pub number: u32,
 }
 
-/// Neighbouring quads of one of a launch's matrices: a block's.
+/// Neighbouring strips of one of a launch's matrices: a block's.
 #[derive(Clone, Copy)]
 pub struct Band {
     /// Which of the matrices.
     pub part: u32,
-    /// The first quad.
-    pub first: u32,
+    /// The first strip.
+    pub first_strip: u32,
     /// How many there are.
+    pub n_strips: u32,
+    /// The first quad.
+    pub first_quad: u32,
+    /// How many there are: not all of the strips', where the matrix's last one is filled up.
     pub n_quads: u32,
 }
 
@@ -38,13 +42,16 @@ impl Band {
                 (part, matrix, shares) = (2, matrices[2 % N], schedule.shares[2]);
             }
         }
-        let first = block * shares.quads + block.min(shares.blocks_with_more);
-        (matrix, Self { part, first, n_quads: shares.quads + u32::from(block < shares.blocks_with_more) })
+        let first_strip = block * shares.strips + block.min(shares.blocks_with_more);
+        let n_strips = shares.strips + u32::from(block < shares.blocks_with_more);
+        let first_quad = first_strip * matrix.strip_quads;
+        let n_quads = (n_strips * matrix.strip_quads).min(matrix.n_quads - first_quad);
+        (matrix, Self { part, first_strip, n_strips, first_quad, n_quads })
     }
 
     /// Quad `i` of the band.
     #[inline(always)]
     pub fn quad(self, i: u32) -> Quad {
-        Quad { part: self.part, number: self.first + i }
+        Quad { part: self.part, number: self.first_quad + i }
     }
 }

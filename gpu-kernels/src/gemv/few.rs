@@ -9,11 +9,11 @@
 
 use super::band::{Band, Quad};
 use super::epilogue::{Epilogue, Prepared as _, Ready as _};
-use super::{Either, MatrixRef, One, Schedule, Sums};
+use super::{Either, LANES_OF_ROW, MatrixRef, One, Schedule, StripShape, Sums};
 use crate::activations::{FetchedQ8_1, Q8_1Scale, Q8_1Unit};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::formats::Format;
-use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
+use crate::formats::tile::{SharedTile, TILE_ROWS};
 use crate::formats::{Place, UNIT_WORDS, WeightFormat, WeightUnit as _};
 use crate::many_output::{ForTokens, Output};
 use cuda_std::grid::{let_next_start, wait_for_previous};
@@ -22,11 +22,12 @@ use cuda_std::launch::Kernel;
 use cuda_std::pipeline::PacedCopy;
 use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{block_dim_x, sync_threads, thread_idx_x};
-use cuda_std::warp::{WARP_SIZE, lane_id, warp_reduce_add_4};
+use cuda_std::warp::{WARP_SIZE, lane_id, warp_id, warp_reduce_add_4, warp_uniform};
 use cuda_std::{dynamic_shared, kernel};
 
 /// Most tokens at once: a lane has a unit of each in registers.
 pub const FEW_TOKENS: usize = 4;
+const _: () = assert!(FEW_TOKENS <= LANES_OF_ROW as usize);
 /// Warps that a multiprocessor has registers for; no block has more.
 pub const FEW_WARPS: u32 = 16;
 
@@ -48,10 +49,11 @@ pub struct Vectors {
 // SAFETY: pointers and numbers in C's layout, alike on both sides.
 unsafe impl cuda_std::launch::KernelArg for Vectors {}
 
-/// Words of shared memory in all, for quads of `n_tiles` tiles of which each has `prepared_words` words prepared for each
-/// of `n_tokens` tokens.
-pub fn shared_words(schedule: Schedule, n_tiles: u32, n_tokens: u32, prepared_words: u32) -> u32 {
-    schedule.band_words() + n_tokens * (schedule.sums_words(n_tiles) + schedule.quads * prepared_words)
+/// Words of shared memory in all, for strips of this shape, of which each quad has `prepared_words` words prepared for each of
+/// `n_tokens` tokens.
+pub fn shared_words(schedule: Schedule, strip: StripShape, n_tokens: u32, prepared_words: u32) -> u32 {
+    let quads = schedule.strips * strip.quads;
+    schedule.band_words() + n_tokens * (schedule.sums_words(strip) + quads * prepared_words)
 }
 
 impl Vectors {
@@ -123,19 +125,20 @@ impl<F: WeightFormat, G: WeightFormat> Formats for Either<F, G> {
     }
 }
 
-/// What a warp multiplies: some tiles of some of the band's quads.
+/// What a warp multiplies: some tiles of some of the band's strips.
 #[derive(Clone, Copy)]
 struct Work {
     memory: DynamicShared<u32>,
     copy: PacedCopy,
     vectors: Vectors,
-    /// Quads of the band.
-    n_quads: u32,
-    quad_bytes: u32,
+    /// Strips of the band.
+    n_strips: u32,
+    strip_bytes: u32,
     tile_bytes: u32,
     last_tile_bytes: u32,
-    /// The warp's first quad, and how many further the next one is.
-    quads: [u32; 2],
+    shape: StripShape,
+    /// The warp's first strip, and how many further the next one is.
+    strips: [u32; 2],
     /// Likewise its tiles.
     tiles: [u32; 2],
     /// Of each token those of the band's quads.
@@ -143,26 +146,14 @@ struct Work {
 }
 
 impl Work {
-    #[inline(always)]
-    fn n_tiles(self) -> u32 {
-        self.vectors.n_units.div_ceil(TILE_UNITS as u32)
-    }
-
-    /// Units of a row of tile `tile`.
-    #[inline(always)]
-    fn units_of(self, tile: u32) -> u32 {
-        (self.vectors.n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32)
-    }
-
-    /// Asks for what meets this lane's unit of tile `tile`. Lanes without a unit take another one's: it meets no weights.
+    /// Asks for what meets this lane's unit of tile `tile`.
     ///
     /// # Safety
     /// As [`Vectors::fetch`], and the vectors have the tile.
     #[inline(always)]
     unsafe fn fetch(self, tile: u32) -> [FetchedQ8_1; FEW_TOKENS] {
-        let unit = tile * TILE_UNITS as u32 + lane_id().min(self.units_of(tile) - 1);
         // SAFETY: the caller's promise.
-        unsafe { self.vectors.fetch(unit) }
+        unsafe { self.vectors.fetch(self.shape.vector_unit(tile)) }
     }
 
     /// Leaves the sums of the warp's tiles, given what it has fetched for the first one.
@@ -171,17 +162,19 @@ impl Work {
     /// The vectors must be as their fields say; the copy brings tiles of format `F`.
     #[inline(always)]
     unsafe fn multiply<F: WeightFormat>(self, fetched: [FetchedQ8_1; FEW_TOKENS]) {
-        let (memory, lane, n_tiles) = (self.memory, lane_id(), self.n_tiles());
-        let ([first_quad, quad_step], [mut tile, tile_step]) = (self.quads, self.tiles);
+        let (memory, lane, n_tiles) = (self.memory, lane_id(), self.shape.n_tiles());
+        let ([first_strip, strip_step], [mut tile, tile_step]) = (self.strips, self.tiles);
         let mut fetched = fetched;
         loop {
             let [a, b, c, d] = fetched;
             let x = [a.unit(), b.unit(), c.unit(), d.unit()];
-            let n_units = self.units_of(tile);
+            let n_units = self.shape.units_of(tile);
+            let of_halves = self.shape.is_of_halves();
+            let in_strip = self.sums.place_in_strip(tile);
             let bytes = if tile + 1 == n_tiles { self.last_tile_bytes } else { self.tile_bytes };
-            let mut quad = first_quad;
-            while quad < self.n_quads {
-                let start = quad * self.quad_bytes + tile * self.tile_bytes;
+            let mut strip = first_strip;
+            while strip < self.n_strips {
+                let start = strip * self.strip_bytes + tile * self.tile_bytes;
                 self.copy.wait(0, start, start + bytes);
                 let source = SharedTile { memory, start };
                 let mut sums = [[0.0f32; TILE_ROWS]; FEW_TOKENS];
@@ -189,17 +182,17 @@ impl Work {
                     sums = dots::<F>(source, n_units as usize, lane as usize, &x);
                 }
                 let [a, b, c, d] = sums;
-                let (a, b) = (warp_reduce_add_4(a), warp_reduce_add_4(b));
-                let (c, d) = (warp_reduce_add_4(c), warp_reduce_add_4(d));
-                // Eight lanes have each row's sums: one of them stores one token's.
-                let (row, token) = (lane / 8, lane % 8);
-                if token < self.vectors.n_tokens {
+                let (a, b) = (warp_reduce_add_4(a, of_halves), warp_reduce_add_4(b, of_halves));
+                let (c, d) = (warp_reduce_add_4(c, of_halves), warp_reduce_add_4(d, of_halves));
+                // Four lanes have each row's sums: one of them stores one token's.
+                let token = lane % LANES_OF_ROW;
+                if token < self.vectors.n_tokens && lane < self.shape.lanes_that_store() {
                     let (low, high) = (if token == 0 { a } else { b }, if token == 2 { c } else { d });
                     let sum = if token < 2 { low } else { high };
-                    let at = self.sums.quad(token * self.n_quads + quad) + tile * TILE_ROWS as u32 + row;
-                    memory.set(at as usize, sum.to_bits());
+                    let of_strip = (token * self.n_strips + strip) * self.shape.quads;
+                    memory.set((self.sums.quad(of_strip) + in_strip) as usize, sum.to_bits());
                 }
-                quad += quad_step;
+                strip += strip_step;
             }
             tile += tile_step;
             if tile >= n_tiles {
@@ -224,12 +217,21 @@ struct Pairs<'a> {
 }
 
 impl Pairs<'_> {
+    /// Quads of all the band's strips, also those that the matrix lacks.
+    #[inline(always)]
+    fn n_quads(self) -> u32 {
+        self.band.n_strips * self.matrix.strip_quads
+    }
+
     /// Calls `each` for this thread's pairs, of `n_threads` threads that take part: with the pair's number, its token and its quad.
     #[inline(always)]
     fn for_each(self, n_threads: u32, each: impl Fn(u32, u32, Quad)) {
         let mut pair = thread_idx_x();
-        while pair < self.n_tokens * self.band.n_quads {
-            each(pair, pair / self.band.n_quads, self.band.quad(pair % self.band.n_quads));
+        while pair < self.n_tokens * self.n_quads() {
+            let (token, quad) = (pair / self.n_quads(), pair % self.n_quads());
+            if quad < self.band.n_quads {
+                each(pair, token, self.band.quad(quad));
+            }
             pair += n_threads;
         }
     }
@@ -283,23 +285,23 @@ impl ForTokens for Finish<'_> {
 /// As the kernels below.
 #[inline(always)]
 unsafe fn run<F: Formats>(matrices: [MatrixRef; 3], vectors: Vectors, schedule: Schedule, output: Output) {
-    let (warp, n_warps) = (thread_idx_x() / WARP_SIZE, block_dim_x() / WARP_SIZE);
+    let (warp, n_warps) = (warp_uniform(warp_id()), block_dim_x() / WARP_SIZE);
     let (is_copier, multiplies) = (warp == n_warps - 1, warp < schedule.warps);
     let (matrix, band) = Band::of_block(matrices, schedule);
-    let n_tiles = vectors.n_units.div_ceil(TILE_UNITS as u32);
+    let shape = matrix.strip_shape(vectors.n_units);
 
     let memory = dynamic_shared!(GEMV_FEW_MEMORY: [u32]);
-    let sums = Sums { memory, at: schedule.band_words(), n_tiles };
-    let prepared_at = sums.at + vectors.n_tokens * schedule.sums_words(n_tiles);
+    let sums = Sums { memory, at: schedule.band_words(), strip: shape };
+    let prepared_at = sums.at + vectors.n_tokens * schedule.sums_words(shape);
     let pairs = Pairs { memory, matrix: &matrix, band, n_tokens: vectors.n_tokens, prepared_at };
     let copy = PacedCopy::new(memory, schedule.weight_words, 4 * schedule.weight_words);
     let_next_start();
     // The weights depend on nothing, all else on the kernel before.
     if is_copier {
-        let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
+        let from = matrix.tiles.wrapping_add(band.first_strip as usize * matrix.strip_bytes as usize);
         // SAFETY: the bytes are the matrix's, and fit the room for weights.
-        unsafe { copy.run(0, 0, from, band.n_quads * matrix.quad_bytes, schedule.window) };
-        sums.fill_up(vectors.n_tokens * band.n_quads);
+        unsafe { copy.run(0, 0, from, band.n_strips * matrix.strip_bytes, schedule.window) };
+        sums.fill_up(vectors.n_tokens * pairs.n_quads());
     }
     if multiplies {
         wait_for_previous();
@@ -307,11 +309,12 @@ unsafe fn run<F: Formats>(matrices: [MatrixRef; 3], vectors: Vectors, schedule: 
             memory,
             copy,
             vectors,
-            n_quads: band.n_quads,
-            quad_bytes: matrix.quad_bytes,
+            n_strips: band.n_strips,
+            strip_bytes: matrix.strip_bytes,
             tile_bytes: matrix.tile_bytes,
             last_tile_bytes: matrix.last_tile_bytes,
-            quads: [warp / schedule.tile_warps, schedule.warps / schedule.tile_warps],
+            shape,
+            strips: [warp / schedule.tile_warps, schedule.warps / schedule.tile_warps],
             tiles: [warp % schedule.tile_warps, schedule.tile_warps],
             sums,
         };
@@ -356,7 +359,7 @@ macro_rules! define_kernels {
             /// - `output`: where the products go
             ///
             /// # Thread mapping
-            /// A block takes a band of quads, each of its warps some tiles of some of them, a lane one unit of four rows and of all
+            /// A block takes a band of strips, each of its warps some tiles of some of them, a lane one unit of four rows and of all
             /// vectors; one thread finishes a quad for a token. Blocks of as many warps as the schedule says, and one more
             /// where that copies.
             #[kernel(suffix = $module, overlapping, launch_bounds(512, 1))]

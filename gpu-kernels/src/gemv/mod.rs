@@ -34,15 +34,15 @@ use cuda_std::shared::DynamicShared;
 use cuda_std::thread::{
     arrive_at_last_meeting, block_dim_x, meet_for_the_last_time, sync_threads, thread_idx_x,
 };
-use cuda_std::warp::{WARP_SIZE, lane_id, warp_reduce_add_4};
+use cuda_std::warp::{WARP_SIZE, lane_id, warp_id, warp_reduce_add_4, warp_uniform};
 use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Qkv, Ready as _, Store, StoreOrdered, Swiglu};
 use input::Input;
 
-/// Warps that a multiprocessor has registers for, of kernels for one format; no block has more.
-pub const WARPS: u32 = 20;
 /// Most warps in a block of the kernels for any format.
 pub const ANY_WARPS: u32 = 8;
+/// Likewise of a kernel for three matrices of formats of its own, which has all their numbers in registers.
+const QKV_WARPS: u32 = 20;
 /// Most quads in a band: a lane of the last warp finishes each.
 pub const MAX_QUADS: u32 = WARP_SIZE;
 
@@ -58,24 +58,89 @@ pub struct MatrixRef {
     pub n_rows: u32,
     /// Quads of four rows.
     pub n_quads: u32,
+    /// Quads in a [strip](crate::formats::tile), 1 or 2; the last one is filled up.
+    pub strip_quads: u32,
     /// Bytes of a tile of 32 units.
     pub tile_bytes: u32,
-    /// Bytes of the last tile of a row, which may be shorter.
+    /// Bytes of the last tile of a strip, which may be shorter.
     pub last_tile_bytes: u32,
-    /// Bytes of a quad.
-    pub quad_bytes: u32,
+    /// Bytes of a strip.
+    pub strip_bytes: u32,
     /// The order of the rows.
     pub order: RowOrder,
 }
 
-/// How the quads of a matrix are dealt out to blocks.
+impl MatrixRef {
+    /// What its strips are like, with `n_units` units in a row.
+    #[inline(always)]
+    pub fn strip_shape(&self, n_units: u32) -> StripShape {
+        StripShape { quads: self.strip_quads, n_units }
+    }
+}
+
+/// What a strip is like.
+#[derive(Clone, Copy, Debug)]
+pub struct StripShape {
+    /// Quads, 1 or 2.
+    pub quads: u32,
+    /// Units in a row of a quad.
+    pub n_units: u32,
+}
+
+impl StripShape {
+    /// Units in a row of the strip.
+    #[inline(always)]
+    fn strip_units(self) -> u32 {
+        self.quads * self.n_units
+    }
+
+    /// Tiles.
+    #[inline(always)]
+    pub fn n_tiles(self) -> u32 {
+        self.strip_units().div_ceil(TILE_UNITS as u32)
+    }
+
+    /// Units in a row of tile `tile`.
+    #[inline(always)]
+    fn units_of(self, tile: u32) -> u32 {
+        (self.strip_units() - tile * TILE_UNITS as u32).min(TILE_UNITS as u32)
+    }
+
+    /// The unit of the vector that this lane's unit of tile `tile` meets. Lanes without a unit take another one's: it meets no
+    /// weights.
+    #[inline(always)]
+    fn vector_unit(self, tile: u32) -> u32 {
+        let unit = (tile * TILE_UNITS as u32 + lane_id()).min(self.strip_units() - 1);
+        if unit < self.n_units { unit } else { unit - self.n_units }
+    }
+
+    /// Whether the two halves of a tile may be of two quads.
+    #[inline(always)]
+    fn is_of_halves(self) -> bool {
+        self.quads > 1
+    }
+
+    /// Lanes up to which there is something to store: where a warp's sums are of one quad both halves of it have them.
+    #[inline(always)]
+    fn lanes_that_store(self) -> u32 {
+        HALF_WARP * self.quads
+    }
+
+    /// Words for the sums of a quad: four for each tile, or of strips of two for each half of one, which are as many; filled up.
+    #[inline(always)]
+    fn sums_words_of_quad(self) -> u32 {
+        self.n_tiles().next_multiple_of(SUMS_AT_ONCE) * TILE_ROWS as u32
+    }
+}
+
+/// How the strips of a matrix are dealt out to blocks.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Shares {
     /// Blocks that take them.
     pub blocks: u32,
-    /// Quads of each.
-    pub quads: u32,
+    /// Strips of each.
+    pub strips: u32,
     /// The first so many have one more.
     pub blocks_with_more: u32,
 }
@@ -84,13 +149,13 @@ pub struct Shares {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
-    /// How the quads of each matrix are dealt out.
+    /// How the strips of each matrix are dealt out.
     pub shares: [Shares; 3],
-    /// Quads of the largest band, at most [`MAX_QUADS`].
-    pub quads: u32,
-    /// Warps that share the tiles of a quad, no more than these are; the block has a multiple of as many.
+    /// Strips of the largest band, of at most [`MAX_QUADS`] quads.
+    pub strips: u32,
+    /// Warps that share the tiles of a strip, no more than these are; the block has a multiple of as many.
     pub tile_warps: u32,
-    /// Tiles of a quad that are in shared memory at once: all, unless a band of one quad is too long.
+    /// Tiles of a strip that are in shared memory at once: all, unless a band of one strip is too long.
     pub slab_tiles: u32,
     /// Words of shared memory for the weights.
     pub weight_words: u32,
@@ -101,10 +166,10 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Words of shared memory for a band's sums.
+    /// Words of shared memory for the sums of a band of strips of this shape.
     #[inline(always)]
-    pub fn sums_words(self, n_tiles: u32) -> u32 {
-        self.quads * Sums::words_of_quad(n_tiles)
+    pub fn sums_words(self, strip: StripShape) -> u32 {
+        self.strips * strip.quads * strip.sums_words_of_quad()
     }
 
     /// Words of shared memory for a band's weights and what says that they have arrived.
@@ -113,9 +178,9 @@ impl Schedule {
         self.weight_words + PacedCopy::state_words(4 * self.weight_words)
     }
 
-    /// Words of shared memory in all, for quads of `n_tiles` tiles.
-    pub fn shared_words(self, n_tiles: u32) -> u32 {
-        self.band_words() + self.sums_words(n_tiles)
+    /// Words of shared memory in all, for strips of this shape.
+    pub fn shared_words(self, strip: StripShape) -> u32 {
+        self.band_words() + self.sums_words(strip)
     }
 }
 
@@ -130,12 +195,12 @@ kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 
 /// How the products of a tile are made.
 pub trait Dots {
-    /// Whether a quad may be too long for shared memory, and is then taken in slabs.
+    /// Whether a strip may be too long for shared memory, and is then taken in slabs.
     const IN_SLABS: bool;
-    /// Whether two quads are multiplied at a time: of one matrix,
+    /// Most warps in a block.
+    const WARPS: u32;
+    /// Whether two strips are multiplied at a time.
     const IN_PAIRS: bool;
-    /// and of one out of three, of which a block has all numbers in registers.
-    const IN_PAIRS_OF_THREE: bool;
 
     /// `sums` plus the products of the tile's four rows with the vector's unit of this lane.
     fn dots<X: Activations>(
@@ -153,8 +218,8 @@ pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
     const IN_SLABS: bool = false;
+    const WARPS: u32 = F::WARPS;
     const IN_PAIRS: bool = F::IN_PAIRS;
-    const IN_PAIRS_OF_THREE: bool = F::IN_PAIRS_OF_THREE;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -180,8 +245,8 @@ pub struct Either<F, G>(PhantomData<(F, G)>);
 
 impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     const IN_SLABS: bool = false;
+    const WARPS: u32 = if F::WARPS < G::WARPS { F::WARPS } else { G::WARPS };
     const IN_PAIRS: bool = F::IN_PAIRS && G::IN_PAIRS;
-    const IN_PAIRS_OF_THREE: bool = F::IN_PAIRS_OF_THREE && G::IN_PAIRS_OF_THREE;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -200,34 +265,13 @@ impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     }
 }
 
-/// As `D`, of one of three matrices.
-struct OfThree<D>(PhantomData<D>);
-
-impl<D: Dots> Dots for OfThree<D> {
-    const IN_SLABS: bool = D::IN_SLABS;
-    const IN_PAIRS: bool = D::IN_PAIRS_OF_THREE;
-    const IN_PAIRS_OF_THREE: bool = D::IN_PAIRS_OF_THREE;
-
-    #[inline(always)]
-    fn dots<X: Activations>(
-        format: u32,
-        tile: SharedTile,
-        n_units: usize,
-        unit: usize,
-        x: &X::Unit,
-        sums: [f32; TILE_ROWS],
-    ) -> [f32; TILE_ROWS] {
-        D::dots::<X>(format, tile, n_units, unit, x, sums)
-    }
-}
-
 /// Of tiles of any format, which is the same for all lanes of the warp.
 pub struct Any;
 
 impl Dots for Any {
     const IN_SLABS: bool = true;
+    const WARPS: u32 = ANY_WARPS;
     const IN_PAIRS: bool = false;
-    const IN_PAIRS_OF_THREE: bool = false;
 
     #[inline(always)]
     fn dots<X: Activations>(
@@ -263,56 +307,65 @@ impl Dots for Any {
     }
 }
 
-/// The sums of a band's quads in shared memory, quad by quad, of each tile by tile, and zeros up to a multiple of four tiles.
+/// The sums of a band's quads in shared memory, quad by quad, of each tile by tile, or half by half, and zeros up to a multiple
+/// of four.
 #[derive(Clone, Copy)]
 struct Sums {
     memory: DynamicShared<u32>,
     /// The word at which they start.
     at: u32,
-    /// Tiles of a quad.
-    n_tiles: u32,
+    strip: StripShape,
 }
 
-/// Tiles whose sums are added up at a time.
+/// Neighbouring lanes that have a row's sum, of each half of a warp.
+const LANES_OF_ROW: u32 = HALF_WARP / TILE_ROWS as u32;
+/// Half of a warp.
+const HALF_WARP: u32 = WARP_SIZE / 2;
+/// Sums of a row that are added up at a time.
 const SUMS_AT_ONCE: u32 = 4;
 
 impl Sums {
-    /// Words for a quad of `n_tiles` tiles.
-    #[inline(always)]
-    fn words_of_quad(n_tiles: u32) -> u32 {
-        n_tiles.next_multiple_of(SUMS_AT_ONCE) * TILE_ROWS as u32
-    }
-
     /// Where quad `quad` starts.
     #[inline(always)]
     fn quad(self, quad: u32) -> u32 {
-        self.at + quad * Self::words_of_quad(self.n_tiles)
+        self.at + quad * self.strip.sums_words_of_quad()
     }
 
     /// Writes the zeros of `n_quads` quads, by the lanes of a warp.
     #[inline(always)]
     fn fill_up(self, n_quads: u32) {
-        let missing = self.n_tiles.next_multiple_of(SUMS_AT_ONCE) - self.n_tiles;
+        let n_tiles = self.strip.n_tiles();
+        let missing = n_tiles.next_multiple_of(SUMS_AT_ONCE) - n_tiles;
         let mut quad = lane_id();
         while missing > 0 && quad < n_quads {
-            for tile in self.n_tiles..self.n_tiles + missing {
+            for tile in n_tiles..n_tiles + missing {
                 self.memory.set4((self.quad(quad) + tile * TILE_ROWS as u32) as usize, [0; 4]);
             }
             quad += WARP_SIZE;
         }
     }
 
-    /// Leaves the sums of a tile of quad `quad`, of which every eight lanes have one, row by row.
+    /// Where in a strip's sums the one goes that this lane has of tile `tile`, of one row of one quad.
     #[inline(always)]
-    fn store(self, quad: u32, tile: u32, sum: f32) {
-        let lane = lane_id();
-        if lane.is_multiple_of(8) {
-            let at = self.quad(quad) + tile * TILE_ROWS as u32 + lane / 8;
+    fn place_in_strip(self, tile: u32) -> u32 {
+        let n_tiles = self.strip.n_tiles();
+        // Which of its quad's sums, of as many as the strip has tiles.
+        let number =
+            self.strip.quads * tile + if self.strip.is_of_halves() { lane_id() / HALF_WARP } else { 0 };
+        let (quad, number) = if number < n_tiles { (0, number) } else { (1, number - n_tiles) };
+        let row = lane_id() / LANES_OF_ROW % TILE_ROWS as u32;
+        quad * self.strip.sums_words_of_quad() + number * TILE_ROWS as u32 + row
+    }
+
+    /// Leaves a sum at word `at`.
+    #[inline(always)]
+    fn store(self, at: u32, sum: f32) {
+        if lane_id().is_multiple_of(LANES_OF_ROW) && lane_id() < self.strip.lanes_that_store() {
             self.memory.set(at as usize, sum.to_bits());
         }
     }
 
-    /// Adds up the tiles of the quad that starts at word `at`.
+    /// Adds up the sums of the quad that starts at word `at`.
     #[inline(always)]
     fn add_up(self, at: u32) -> [f32; TILE_ROWS] {
         let of_tile =
@@ -324,7 +377,7 @@ impl Sums {
             |tile: u32| add(add(of_tile(tile), of_tile(tile + 1)), add(of_tile(tile + 2), of_tile(tile + 3)));
         let mut sums = four(0);
         let mut tile = SUMS_AT_ONCE;
-        while tile < self.n_tiles {
+        while tile < self.strip.n_tiles() {
             sums = add(sums, four(tile));
             tile += SUMS_AT_ONCE;
         }
@@ -356,46 +409,48 @@ struct Work {
     schedule: Schedule,
     matrix: MatrixRef,
     band: Band,
+    shape: StripShape,
     sums: Sums,
 }
 
 impl Work {
-    /// Leaves the sums of this warp's share of tiles `tiles` of the band's quads. Waits for the kernel before, which makes the
+    /// Leaves the sums of this warp's share of tiles `tiles` of the band's strips. Waits for the kernel before, which makes the
     /// vector, if `waits`.
     ///
     /// # Safety
     /// As [`run`].
     #[inline(always)]
     unsafe fn multiply<X: Activations, D: Dots>(self, tiles: Range<u32>, waits: bool) {
-        let Self { memory, copy, round, input, schedule, matrix, band, sums } = self;
-        let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
-        let (first_quad, quad_warps) = (warp / schedule.tile_warps, schedule.warps / schedule.tile_warps);
+        let Self { memory, copy, round, input, schedule, matrix, band, shape, sums } = self;
+        let (warp, lane) = (warp_uniform(warp_id()), lane_id());
+        let (first_strip, strip_warps) = (warp / schedule.tile_warps, schedule.warps / schedule.tile_warps);
         let first_tile = tiles.start + warp % schedule.tile_warps;
-        let n_units = input.n_units();
-        let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
-        let units_of = |tile: u32| (n_units - tile * TILE_UNITS as u32).min(TILE_UNITS as u32);
-        // Lanes without a unit take another one's: it meets no weights.
-        let unit_of = |tile: u32| lane.min(units_of(tile) - 1);
+        let n_tiles = shape.n_tiles();
         let bytes_of =
             |tile: u32| if tile + 1 == n_tiles { matrix.last_tile_bytes } else { matrix.tile_bytes };
-        let start_of = |tile: u32| first_quad * matrix.quad_bytes + (tile - tiles.start) * matrix.tile_bytes;
-        let step = quad_warps * matrix.quad_bytes;
+        let start_of =
+            |tile: u32| first_strip * matrix.strip_bytes + (tile - tiles.start) * matrix.tile_bytes;
+        let step = strip_warps * matrix.strip_bytes;
+        let sums_step = strip_warps * shape.quads * shape.sums_words_of_quad();
+        let of_halves = shape.is_of_halves();
+        let sums_of = |tile: u32| sums.quad(first_strip * shape.quads) + sums.place_in_strip(tile);
         let mut tile = first_tile;
-        let (read_tile, unit) = (tile.min(n_tiles - 1), unit_of(tile.min(n_tiles - 1)));
+        let place = X::place(shape.vector_unit(tile.min(n_tiles - 1)));
         if waits {
-            wait_for_previous_knowing(step | start_of(tile) | bytes_of(tile) | read_tile | unit);
+            wait_for_previous_knowing(step | start_of(tile) | bytes_of(tile) | place);
         }
         // SAFETY: the unit is inside the vector; the input keeps its contract.
-        let mut fetched = unsafe { X::fetch(&input, read_tile, unit) };
+        let mut fetched = unsafe { X::fetch(&input, place) };
         if waits && thread_idx_x() == 0 {
             copy.hurry();
         }
-        while tile < tiles.end && first_quad < band.n_quads {
-            let (mut quad, mut at, bytes) = (first_quad, start_of(tile), bytes_of(tile));
-            // Of a quad, and where two are multiplied at a time of the next one.
-            let has_next = |quad: u32| D::IN_PAIRS && quad + quad_warps < band.n_quads;
-            let have_arrived = |quad: u32, at: u32| {
-                let next = if has_next(quad) { at + step } else { at };
+        while tile < tiles.end && first_strip < band.n_strips {
+            let (mut strip, mut at, bytes) = (first_strip, start_of(tile), bytes_of(tile));
+            let mut sums_at = sums_of(tile);
+            // Of a strip, and where two are multiplied at a time of the next one.
+            let has_next = |strip: u32| D::IN_PAIRS && strip + strip_warps < band.n_strips;
+            let have_arrived = |strip: u32, at: u32| {
+                let next = if has_next(strip) { at + step } else { at };
                 copy.have_arrived(round, at, at + bytes)
                     & (next == at || copy.have_arrived(round, next, next + bytes))
             };
@@ -405,38 +460,40 @@ impl Work {
                 }
             };
             // Asked while the vector is on its way.
-            let mut are_there = have_arrived(quad, at);
+            let mut are_there = have_arrived(strip, at);
             let x = X::unit(&input, fetched);
             let next_tile = tile + schedule.tile_warps;
             if next_tile < tiles.end {
                 // SAFETY: as above.
-                fetched = unsafe { X::fetch(&input, next_tile, unit_of(next_tile)) };
+                fetched = unsafe { X::fetch(&input, X::place(shape.vector_unit(next_tile))) };
             }
-            let n_tile_units = units_of(tile);
+            let n_tile_units = shape.units_of(tile);
             let has_unit = lane < n_tile_units;
             // Two at a time: one's instructions need not wait for what the other's give.
-            while has_next(quad) {
+            while has_next(strip) {
                 wait(at, at + step + bytes, are_there);
                 let (mut near, mut far) = ([0.0f32; TILE_ROWS], [0.0f32; TILE_ROWS]);
                 if has_unit {
                     near = dots_at::<X, D>(memory, matrix.format, at, n_tile_units, &x);
                     far = dots_at::<X, D>(memory, matrix.format, at + step, n_tile_units, &x);
                 }
-                let (near, far) = (warp_reduce_add_4(near), warp_reduce_add_4(far));
-                sums.store(quad, tile, near);
-                sums.store(quad + quad_warps, tile, far);
-                (quad, at) = (quad + 2 * quad_warps, at + 2 * step);
-                are_there = quad < band.n_quads && have_arrived(quad, at);
+                let (near, far) = (warp_reduce_add_4(near, of_halves), warp_reduce_add_4(far, of_halves));
+                sums.store(sums_at, near);
+                sums.store(sums_at + sums_step, far);
+                (strip, at) = (strip + 2 * strip_warps, at + 2 * step);
+                sums_at += 2 * sums_step;
+                are_there = strip < band.n_strips && have_arrived(strip, at);
             }
-            while quad < band.n_quads {
+            while strip < band.n_strips {
                 wait(at, at + bytes, are_there);
                 let mut products = [0.0f32; TILE_ROWS];
                 if has_unit {
                     products = dots_at::<X, D>(memory, matrix.format, at, n_tile_units, &x);
                 }
-                sums.store(quad, tile, warp_reduce_add_4(products));
-                (quad, at) = (quad + quad_warps, at + step);
-                are_there = !D::IN_PAIRS && quad < band.n_quads && have_arrived(quad, at);
+                sums.store(sums_at, warp_reduce_add_4(products, of_halves));
+                (strip, at) = (strip + strip_warps, at + step);
+                sums_at += sums_step;
+                are_there = !D::IN_PAIRS && strip < band.n_strips && have_arrived(strip, at);
             }
             tile = next_tile;
         }
@@ -455,37 +512,37 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     schedule: Schedule,
     epilogue: E,
 ) {
-    let (warp, lane) = (thread_idx_x() / WARP_SIZE, lane_id());
+    let (warp, lane) = (warp_uniform(warp_id()), lane_id());
     let n_warps = block_dim_x() / WARP_SIZE;
     // The last warp copies and finishes, the others multiply; one that is alone does it all.
     let (is_last, multiplies) = (warp == n_warps - 1, warp < schedule.warps);
     let (matrix, band) = Band::of_block(matrices, schedule);
-    let n_units = input.n_units();
-    let n_tiles = n_units.div_ceil(TILE_UNITS as u32);
+    let shape = matrix.strip_shape(input.n_units());
+    let n_tiles = shape.n_tiles();
 
     let slab_tiles = if D::IN_SLABS { schedule.slab_tiles } else { n_tiles };
     let memory = dynamic_shared!(GEMV_MEMORY: [u32]);
-    let sums = Sums { memory, at: schedule.band_words(), n_tiles };
+    let sums = Sums { memory, at: schedule.band_words(), strip: shape };
     let copy = PacedCopy::new(memory, schedule.weight_words, 4 * schedule.weight_words);
-    let from = matrix.tiles.wrapping_add(band.first as usize * matrix.quad_bytes as usize);
+    let from = matrix.tiles.wrapping_add(band.first_strip as usize * matrix.strip_bytes as usize);
     let_next_start();
     let (mut slab, mut round) = (0, 0);
     loop {
         if is_last {
-            // The band's bytes, or a slab's of its only quad.
+            // The band's bytes, or a slab's of its only strip.
             let start = slab * matrix.tile_bytes;
-            let end = (start + slab_tiles * matrix.tile_bytes).min(matrix.quad_bytes);
+            let end = (start + slab_tiles * matrix.tile_bytes).min(matrix.strip_bytes);
             let bytes = if D::IN_SLABS && slab_tiles < n_tiles {
                 end - start
             } else {
-                band.n_quads * matrix.quad_bytes
+                band.n_strips * matrix.strip_bytes
             };
             // SAFETY: the bytes are the matrix's, and fit the room for weights.
             unsafe { copy.run(round, 0, from.wrapping_add(start as usize), bytes, schedule.window) };
         }
         let slab_end = (slab + slab_tiles).min(n_tiles);
         if multiplies {
-            let work = Work { memory, copy, round, input, schedule, matrix, band, sums };
+            let work = Work { memory, copy, round, input, schedule, matrix, band, shape, sums };
             // SAFETY: the caller's promise.
             unsafe { work.multiply::<X, D>(slab..slab_end, slab == 0) };
         }
@@ -522,15 +579,15 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     }
 }
 
-/// Most threads of a block, which the kernels' launch bounds have to repeat as a number.
-const fn most_threads<D: Dots>() -> u32 {
-    WARP_SIZE * if D::IN_SLABS { ANY_WARPS } else { WARPS }
+/// Refuses launch bounds, which have to be a number, of other than so many warps.
+const fn check_launch_bounds(threads: u32, warps: u32) {
+    assert!(threads == warps * WARP_SIZE);
 }
 
 /// The kernels of a module for activations `$X` and products `$D`.
 macro_rules! define_kernels {
     ($module:ident, $threads:literal, $X:ident, $D:ty) => {
-        const _: () = assert!($threads == most_threads::<$D>());
+        const _: () = check_launch_bounds($threads, <$D as Dots>::WARPS);
 
         /// `y = W x`, `x` normalised first where the input says so.
         ///
@@ -546,7 +603,7 @@ macro_rules! define_kernels {
         /// - `output`: `y`
         ///
         /// # Thread mapping
-        /// A block takes a band of quads, each of its warps some tiles of some of them, a lane one unit of four rows; one
+        /// A block takes a band of strips, each of its warps some tiles of some of them, a lane one unit of four rows; one
         /// thread finishes a quad. Blocks of as many warps as the schedule says, and one more where that copies.
         #[kernel(suffix = $module, overlapping, launch_bounds($threads, 1))]
         pub unsafe fn gemv(matrix: MatrixRef, input: Input, schedule: Schedule, output: Store) {
@@ -596,7 +653,10 @@ macro_rules! define_kernels {
 
 macro_rules! define_qkv {
     ($module:ident, $threads:literal, $X:ident, $D:ty) => {
-        const _: () = assert!($threads == most_threads::<$D>());
+        const _: () = check_launch_bounds(
+            $threads,
+            if <$D as Dots>::WARPS < QKV_WARPS { <$D as Dots>::WARPS } else { QKV_WARPS },
+        );
 
         /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended to
         /// the cache.
@@ -626,23 +686,23 @@ macro_rules! define_qkv {
             output: Qkv,
         ) {
             // SAFETY: the caller keeps the contract above, which is the one asked for.
-            unsafe { run::<$X, OfThree<$D>, _, 3>([q, k, v], input, schedule, output) }
+            unsafe { run::<$X, $D, _, 3>([q, k, v], input, schedule, output) }
         }
     };
 }
 
 /// A kernel for each format: the code of one alone stays in the instruction caches from launch to launch.
 macro_rules! define_format {
-    ($(($Type:ident, $module:ident))*) => {$(
+    ($(($Type:ident, $module:ident, $threads:literal))*) => {$(
         #[doc = concat!("Q8_1 activations of an operand, which the input has to be, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, 640, QuantizedOperand, One<crate::formats::$Type>);
+            define_kernels!($module, $threads, QuantizedOperand, One<crate::formats::$Type>);
             define_qkv!($module, 640, QuantizedOperand, One<crate::formats::$Type>);
         }
     )*};
 }
-define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
+define_format! { (Q8_0, q8_0, 640) (Q4_1, q4_1, 768) (Q4_K, q4_k, 768) (Q6_K, q6_k, 768) }
 
 /// Q8_1 activations of an operand, which the input has to be, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
@@ -650,14 +710,14 @@ pub mod q4_k_m {
     define_qkv!(q4_k_m, 640, QuantizedOperand, Either<crate::formats::Q4_K, crate::formats::Q6_K>);
 }
 
-/// Q8_1 activations, weights of any format, and quads of any length: much in one kernel.
+/// Q8_1 activations, weights of any format, and strips of any length: much in one kernel.
 pub mod mixed {
     use super::*;
     define_kernels!(mixed, 256, Q8_1, Any);
     define_qkv!(mixed, 256, Q8_1, Any);
 }
 
-/// f32 activations, weights of any format, and quads of any length.
+/// f32 activations, weights of any format, and strips of any length.
 pub mod exact {
     use super::*;
     define_kernels!(exact, 256, F32Vector, Any);
@@ -670,7 +730,7 @@ macro_rules! define_ordered {
         pub mod $suffix {
             use super::*;
 
-            const _: () = assert!($threads == most_threads::<Any>());
+            const _: () = check_launch_bounds($threads, ANY_WARPS);
 
             /// `y = W x` or `y = W x + b`, rows in any order, weights of any format.
             ///

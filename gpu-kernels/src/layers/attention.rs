@@ -190,8 +190,8 @@ impl Walk {
     }
 }
 
-/// Four sums over the warp as `warp_reduce_add_4` leaves them, and one more that all lanes get; what one waits for hides
-/// what the other does.
+/// Four sums over the warp, of which lanes 0 to 7 get the first, lanes 8 to 15 the second, and so on; and one more that all lanes
+/// get. What one waits for hides what the other does.
 #[inline(always)]
 fn sum_of_4_and_1(values: [f32; 4], one: f32) -> (f32, f32) {
     let lane = thread_idx_x() % WARP_SIZE;

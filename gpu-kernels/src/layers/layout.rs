@@ -152,13 +152,16 @@ impl Product {
         [group, n_gamma]: [u32; 2],
         [quants, scales]: [u32; 2],
     ) -> (Self, u32) {
+        // A block takes its quads one by one.
+        const { assert!(!F::IN_STRIPS_OF_TWO) }
         let n_units = n_cols / UNIT as u32;
         let geometry = Geometry {
             n_units: n_units as usize,
+            strip_quads: 1,
             tile_bytes: aligned_bytes::<F>(TILE_UNITS),
             last_tile_bytes: aligned_bytes::<F>(n_units as usize % TILE_UNITS),
         };
-        let (n_groups, quad_words) = (n_rows / TILE_ROWS as u32 / group, geometry.quad_bytes() as u32 / 4);
+        let (n_groups, quad_words) = (n_rows / TILE_ROWS as u32 / group, geometry.strip_bytes() as u32 / 4);
         let gamma = at + Arrivals::WORDS;
         let quads = gamma + n_gamma;
         let product = Self {

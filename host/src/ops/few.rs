@@ -78,7 +78,7 @@ impl FewVectors {
         let family = Family::Few { n_tokens };
         let (schedule, config) = match kind {
             OutputKind::Store => schedule::<Store>(device, matrices, family, Chain::OTHER)?,
-            OutputKind::Add => schedule::<Add>(device, matrices, family, Chain::ADDED)?,
+            OutputKind::Add => schedule::<Add>(device, matrices, family, Chain::OTHER)?,
             OutputKind::Swiglu => schedule::<Swiglu>(device, matrices, family, Chain::OTHER)?,
             OutputKind::Qkv => schedule::<Qkv>(device, matrices, family, Chain::QKV)?,
         };
@@ -96,7 +96,7 @@ impl FewVectors {
     }
 }
 
-/// The kernel for these matrices together, where there is one and their quads fit shared memory.
+/// The kernel for these matrices together, where there is one and their strips fit shared memory.
 fn kernel(device: &Device, matrices: &[&Matrix]) -> Option<&'static FewKernel> {
     let fit = matrices.iter().all(|matrix| !is_long(device, matrix, FEW_TOKENS));
     kernel_for(matrices.iter().map(|matrix| matrix.format())).filter(|_| fit)

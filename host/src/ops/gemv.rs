@@ -54,7 +54,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
             aligned("gemv", "y", y, weights.n_rows())?;
             ensure!(is_natural, "gemv: only rows in natural order are added, found {:?}", weights.order());
             ensure!(is_plain, "gemv: an input that is to be normalised has a product that is not added");
-            let (schedule, config) = schedule::<Add>(device, &[weights], family, Chain::ADDED)?;
+            let (schedule, config) = schedule::<Add>(device, &[weights], family, Chain::OTHER)?;
             let operand = Next::of_launch(next, "gemv", weights.n_rows(), weights.n_quads())?;
             let output = Add { y: y.as_mut_ptr(), operand };
             // SAFETY: as above.
@@ -87,7 +87,7 @@ fn kernels(device: &Device, matrix: &Matrix, x: Input) -> (Kernels, Family) {
     }
     let is_operand = matches!(x, Input::Operand(_));
     let own = kernels::own_kernels(matrix.format()).filter(|_| is_operand && !is_long(device, matrix, 1));
-    own.map_or((kernels::mixed::KERNELS, Family::Any), |own| (own, Family::Own))
+    own.map_or((kernels::mixed::KERNELS, Family::Any), |own| (own, Family::own(&[matrix])))
 }
 
 /// Likewise the kernel for queries, keys and values.
@@ -97,12 +97,12 @@ fn qkv_kernel(device: &Device, matrices: [&Matrix; 3], x: Input) -> (&'static Qk
     }
     let fit = matches!(x, Input::Operand(_)) && matrices.iter().all(|matrix| !is_long(device, matrix, 1));
     let own = kernels::own_qkv_kernel(matrices.map(Matrix::format)).filter(|_| fit);
-    own.map_or((&kernels::mixed::GEMV_QKV, Family::Any), |own| (own, Family::Own))
+    own.map_or((&kernels::mixed::GEMV_QKV, Family::Any), |own| (own, Family::own(&matrices)))
 }
 
-/// Whether a quad does not fit shared memory, for a product with so many vectors.
+/// Whether a strip does not fit shared memory, for a product with so many vectors.
 pub(super) fn is_long(device: &Device, matrix: &Matrix, n_tokens: usize) -> bool {
-    matrix.quad_bytes() + n_tokens * MOST_BESIDE_BYTES > device.shared_bytes() as usize
+    matrix.strip_bytes() + n_tokens * MOST_BESIDE_BYTES > device.shared_bytes() as usize
 }
 
 /// The kernel for rows in any order.

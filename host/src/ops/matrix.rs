@@ -5,7 +5,7 @@ use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_kernels::formats::tile::{Geometry, TILE_ROWS, TILE_UNITS};
 use gpu_kernels::formats::{Format, UNIT};
-use gpu_kernels::gemv::MatrixRef;
+use gpu_kernels::gemv::{MatrixRef, StripShape};
 use gpu_kernels::pack;
 use gpu_kernels::random::{self, Factor};
 use gpu_kernels::rows::{Order, RowOrder};
@@ -75,18 +75,24 @@ impl Matrix {
         self.n_rows.div_ceil(TILE_ROWS)
     }
 
-    /// Bytes of a quad.
-    pub(super) fn quad_bytes(&self) -> usize {
-        self.geometry.quad_bytes()
+    /// Strips of one or two quads.
+    pub(super) fn n_strips(&self) -> usize {
+        self.n_quads().div_ceil(self.geometry.strip_quads)
+    }
+
+    /// What they are like.
+    pub(super) fn strip_shape(&self) -> StripShape {
+        StripShape { quads: self.geometry.strip_quads as u32, n_units: self.geometry.n_units as u32 }
+    }
+
+    /// Bytes of one.
+    pub(super) fn strip_bytes(&self) -> usize {
+        self.geometry.strip_bytes()
     }
 
     /// Bytes of its largest tile.
     pub(super) fn largest_tile(&self) -> usize {
-        if self.geometry.n_units < TILE_UNITS {
-            self.geometry.last_tile_bytes
-        } else {
-            self.geometry.tile_bytes
-        }
+        self.geometry.bytes_of(0)
     }
 
     /// The matrix as a launch passes it.
@@ -96,9 +102,10 @@ impl Matrix {
             format: self.format as u32,
             n_rows: dim(self.n_rows)?,
             n_quads: dim(self.n_quads())?,
+            strip_quads: dim(self.geometry.strip_quads)?,
             tile_bytes: dim(self.geometry.tile_bytes)?,
             last_tile_bytes: dim(self.geometry.bytes_of(self.geometry.n_tiles() - 1))?,
-            quad_bytes: dim(self.geometry.quad_bytes())?,
+            strip_bytes: dim(self.geometry.strip_bytes())?,
             order: self.order,
         })
     }
@@ -193,14 +200,17 @@ impl<'d> Packer<'d> {
         );
         check_order(order, n_rows)?;
         let n_units = n_cols.div_ceil(UNIT);
+        let strip_quads = format.strip_quads(n_units);
         let geometry = Geometry {
             n_units,
+            strip_quads,
             tile_bytes: format.tile_bytes(TILE_UNITS),
-            last_tile_bytes: format.tile_bytes(n_units % TILE_UNITS),
+            last_tile_bytes: format.tile_bytes(strip_quads * n_units % TILE_UNITS),
         };
-        let bytes = n_rows.div_ceil(TILE_ROWS).checked_mul(geometry.quad_bytes());
+        let strip_rows = strip_quads * TILE_ROWS;
+        let bytes = n_rows.div_ceil(strip_rows).checked_mul(geometry.strip_bytes());
         let bytes = bytes.context("the matrix is too large to address")?;
-        let tiles = if n_rows.is_multiple_of(TILE_ROWS) && format.block_len().is_multiple_of(UNIT) {
+        let tiles = if n_rows.is_multiple_of(strip_rows) && format.block_len().is_multiple_of(UNIT) {
             self.device.alloc(bytes)?
         } else {
             self.device.alloc_zeroed(bytes)?
@@ -230,8 +240,9 @@ impl<'d> Packer<'d> {
             matrix.format as u32,
             dim(matrix.geometry.tile_bytes)?,
             dim(matrix.geometry.last_tile_bytes)?,
+            dim(matrix.geometry.strip_quads)?,
         );
-        let threads = n_rows * matrix.geometry.n_tiles();
+        let threads = n_rows * matrix.geometry.n_units.div_ceil(TILE_UNITS);
         let config = launch_1d(threads.div_ceil(pack::BLOCK_DIM), pack::BLOCK_DIM)?;
         // SAFETY: the rows are whole and below the matrix's n_rows, which the tiles have room for.
         unsafe { self.device.launch(&pack::PACK, config, arguments) }
