@@ -465,6 +465,43 @@ fn a_prompt_gives_the_same_logits_at_once_and_token_by_token() {
     }
 }
 
+/// So many tokens that blocks share a context, a step is recorded for each number of them, and the last one shares it otherwise.
+#[test]
+fn a_long_context_gives_the_same_logits_at_once_and_token_by_token() {
+    let prompt: Vec<u32> = (0..300).map(|i| PROMPT[i * i % PROMPT.len()]).collect();
+    for made_up in [&QWEN2, &MIXED].map(MadeUp::new) {
+        for device in devices() {
+            for activations in [Activations::F32, Activations::Q8_1] {
+                let run = |n_batch| {
+                    let options = ModelOptions {
+                        activations,
+                        n_batch: Some(n_batch),
+                        n_ctx: Some(prompt.len()),
+                        ..ModelOptions::default()
+                    };
+                    let model = load_with(device, &made_up.gguf, &options).unwrap();
+                    let mut session = model.session().unwrap();
+                    [130, 260, 300].map(|end| {
+                        session.feed(&prompt[session.position()..end]).unwrap();
+                        logits(&mut session)
+                    })
+                };
+                for (found, wanted) in run(1).iter().zip(run(64)) {
+                    let what = format!("{}, {}", made_up.shape.what, device.describe());
+                    let wanted = widened(&wanted);
+                    match activations {
+                        Activations::F32 => assert_close(found, &wanted, RUN, largest(&wanted), &what),
+                        Activations::Q8_1 => {
+                            let error = nmse(found, &wanted);
+                            assert!(error <= Q8_1_RUN, "{what}: NMSE {error:e}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// A cache in Q8_0 costs some precision, whichever way tokens go in.
 #[test]
 fn a_cache_in_q8_0_gives_nearly_the_same_logits() {
@@ -591,11 +628,11 @@ fn a_context_that_does_not_fit_the_model_is_refused() {
     for device in devices() {
         let line = refusal(device, &made_up.gguf, &with(Some(0)));
         assert!(line.contains("a context of 0 tokens"), "{line}");
-        let line = refusal(device, &made_up.gguf, &with(Some(65)));
-        let expected = "(memory): a context of 65 tokens is wanted, the model was trained for 64";
+        let line = refusal(device, &made_up.gguf, &with(Some(513)));
+        let expected = "(memory): a context of 513 tokens is wanted, the model was trained for 512";
         assert_eq!(line, expected);
-        for n_ctx in [Some(64), None] {
-            assert_eq!(load_with(device, &made_up.gguf, &with(n_ctx)).unwrap().n_ctx(), 64);
+        for n_ctx in [Some(512), None] {
+            assert_eq!(load_with(device, &made_up.gguf, &with(n_ctx)).unwrap().n_ctx(), 512);
         }
     }
 }

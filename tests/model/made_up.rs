@@ -152,7 +152,7 @@ fn metadata(shape: &Shape, writer: &mut GgufWriter) {
         ("attention.key_length", shape.head_dim),
         ("attention.value_length", shape.head_dim),
         ("rope.dimension_count", shape.n_rot),
-        ("context_length", 64),
+        ("context_length", 512),
     ] {
         writer.metadata(key(name), value as u32);
     }

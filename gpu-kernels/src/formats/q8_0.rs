@@ -17,9 +17,7 @@ impl WeightFormat for Q8_0 {
     const FORMAT: Format = Format::Q8_0;
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 34;
-    // With fewer registers some would be spilled.
-    const WARPS: u32 = 20;
-    const IN_PAIRS: bool = false;
+    const IN_PAIRS: bool = true;
     const IN_STRIPS_OF_TWO: bool = false;
     type Unit = ByteUnit;
 

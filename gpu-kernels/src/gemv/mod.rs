@@ -702,7 +702,7 @@ macro_rules! define_format {
         }
     )*};
 }
-define_format! { (Q8_0, q8_0, 640) (Q4_1, q4_1, 768) (Q4_K, q4_k, 768) (Q6_K, q6_k, 768) }
+define_format! { (Q8_0, q8_0, 768) (Q4_1, q4_1, 768) (Q4_K, q4_k, 768) (Q6_K, q6_k, 768) }
 
 /// Q8_1 activations of an operand, which the input has to be, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {

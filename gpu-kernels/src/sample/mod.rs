@@ -24,7 +24,7 @@ use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::ld_global_u32x4;
 use cuda_std::thread::{block_idx_x, grid_dim_x, sync_threads, thread_idx_x};
-use cuda_std::warp::WARP_SIZE;
+use cuda_std::warp::{WARP_SIZE, warp_id, warp_uniform};
 use cuda_std::{kernel, shared_array};
 use few::{Few, ROOM, lanes_sum};
 use groups::{Distances, Pass, Vocabulary, warp_largest};
@@ -144,7 +144,7 @@ pub unsafe fn sample(
         found: shared_array!(SAMPLE_FOUND: [u64; 4]),
     };
     let thread = thread_idx_x();
-    let (warp, lane) = (thread / WARP_SIZE, thread % WARP_SIZE);
+    let (warp, lane) = (warp_uniform(warp_id()), thread % WARP_SIZE);
     distances.clear();
     if thread == 0 {
         n_listed.set(0, 0);
