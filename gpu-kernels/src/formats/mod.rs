@@ -58,9 +58,7 @@ pub trait WeightFormat: Copy {
     const BLOCK_LEN: usize;
     /// Bytes in a GGUF block.
     const BLOCK_BYTES: usize;
-    /// Warps of a matrix-vector product that a multiprocessor has registers for.
-    const WARPS: u32 = 24;
-    /// Whether a lane then has some for units of two strips at a time.
+    /// Whether a lane has registers for units of two strips at a time, in a matrix-vector product.
     const IN_PAIRS: bool;
     /// Whether two quads are a [strip](tile) where their rows end in half a tile: not where [`layers`](crate::layers) takes them
     /// one by one.
@@ -326,11 +324,6 @@ macro_rules! define_format {
             /// Quads in a strip of a matrix with `n_units` units in a row.
             pub const fn strip_quads(self, n_units: usize) -> usize {
                 match self { $(Format::$Type => tile::strip_quads::<$Type>(n_units)),* }
-            }
-
-            /// Warps of a matrix-vector product that a multiprocessor has registers for.
-            pub const fn gemv_warps(self) -> u32 {
-                match self { $(Format::$Type => <$Type as WeightFormat>::WARPS),* }
             }
 
             /// Bytes of a tile of `n_units` units by four rows.

@@ -17,7 +17,8 @@ impl WeightFormat for Q8_0 {
     const FORMAT: Format = Format::Q8_0;
     const BLOCK_LEN: usize = 32;
     const BLOCK_BYTES: usize = 34;
-    const IN_PAIRS: bool = true;
+    // On compute capability 12.0 some would be spilled.
+    const IN_PAIRS: bool = cfg!(any(cuda_sm_90a, not(target_arch = "nvptx64")));
     const IN_STRIPS_OF_TWO: bool = false;
     type Unit = ByteUnit;
 

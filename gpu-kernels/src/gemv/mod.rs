@@ -39,10 +39,12 @@ use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Qkv, Ready as _, Store, StoreOrdered, Swiglu};
 use input::Input;
 
+/// Warps that a multiprocessor has registers for, of kernels for one format; no block has more.
+pub const WARPS: u32 = 24;
+/// Likewise of those for three matrices, which have the numbers of all in registers.
+const QKV_WARPS: u32 = 20;
 /// Most warps in a block of the kernels for any format.
 pub const ANY_WARPS: u32 = 8;
-/// Likewise of a kernel for three matrices of formats of its own, which has all their numbers in registers.
-const QKV_WARPS: u32 = 20;
 /// Most quads in a band: a lane of the last warp finishes each.
 pub const MAX_QUADS: u32 = WARP_SIZE;
 
@@ -197,8 +199,6 @@ kernel_args!(MatrixRef, Schedule, Input, Store, Add, StoreOrdered, Swiglu, Qkv);
 pub trait Dots {
     /// Whether a strip may be too long for shared memory, and is then taken in slabs.
     const IN_SLABS: bool;
-    /// Most warps in a block.
-    const WARPS: u32;
     /// Whether two strips are multiplied at a time.
     const IN_PAIRS: bool;
 
@@ -218,7 +218,6 @@ pub struct One<F>(PhantomData<F>);
 
 impl<F: WeightFormat> Dots for One<F> {
     const IN_SLABS: bool = false;
-    const WARPS: u32 = F::WARPS;
     const IN_PAIRS: bool = F::IN_PAIRS;
 
     #[inline(always)]
@@ -245,7 +244,6 @@ pub struct Either<F, G>(PhantomData<(F, G)>);
 
 impl<F: WeightFormat, G: WeightFormat> Dots for Either<F, G> {
     const IN_SLABS: bool = false;
-    const WARPS: u32 = if F::WARPS < G::WARPS { F::WARPS } else { G::WARPS };
     const IN_PAIRS: bool = F::IN_PAIRS && G::IN_PAIRS;
 
     #[inline(always)]
@@ -270,7 +268,6 @@ pub struct Any;
 
 impl Dots for Any {
     const IN_SLABS: bool = true;
-    const WARPS: u32 = ANY_WARPS;
     const IN_PAIRS: bool = false;
 
     #[inline(always)]
@@ -579,15 +576,15 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     }
 }
 
-/// Refuses launch bounds, which have to be a number, of other than so many warps.
-const fn check_launch_bounds(threads: u32, warps: u32) {
-    assert!(threads == warps * WARP_SIZE);
+/// Refuses launch bounds, which have to be a number, of other than so many warps, or than those of the kernels for any format.
+const fn check_launch_bounds<D: Dots>(threads: u32, warps: u32) {
+    assert!(threads == WARP_SIZE * if D::IN_SLABS { ANY_WARPS } else { warps });
 }
 
 /// The kernels of a module for activations `$X` and products `$D`.
 macro_rules! define_kernels {
     ($module:ident, $threads:literal, $X:ident, $D:ty) => {
-        const _: () = check_launch_bounds($threads, <$D as Dots>::WARPS);
+        const _: () = check_launch_bounds::<$D>($threads, WARPS);
 
         /// `y = W x`, `x` normalised first where the input says so.
         ///
@@ -653,10 +650,7 @@ macro_rules! define_kernels {
 
 macro_rules! define_qkv {
     ($module:ident, $threads:literal, $X:ident, $D:ty) => {
-        const _: () = check_launch_bounds(
-            $threads,
-            if <$D as Dots>::WARPS < QKV_WARPS { <$D as Dots>::WARPS } else { QKV_WARPS },
-        );
+        const _: () = check_launch_bounds::<$D>($threads, QKV_WARPS);
 
         /// Queries, keys and values of a token in one pass: with their bias, rotated, keys and values appended to
         /// the cache.
@@ -693,16 +687,16 @@ macro_rules! define_qkv {
 
 /// A kernel for each format: the code of one alone stays in the instruction caches from launch to launch.
 macro_rules! define_format {
-    ($(($Type:ident, $module:ident, $threads:literal))*) => {$(
+    ($(($Type:ident, $module:ident))*) => {$(
         #[doc = concat!("Q8_1 activations of an operand, which the input has to be, ", stringify!($Type), " weights.")]
         pub mod $module {
             use super::*;
-            define_kernels!($module, $threads, QuantizedOperand, One<crate::formats::$Type>);
+            define_kernels!($module, 768, QuantizedOperand, One<crate::formats::$Type>);
             define_qkv!($module, 640, QuantizedOperand, One<crate::formats::$Type>);
         }
     )*};
 }
-define_format! { (Q8_0, q8_0, 768) (Q4_1, q4_1, 768) (Q4_K, q4_k, 768) (Q6_K, q6_k, 768) }
+define_format! { (Q8_0, q8_0) (Q4_1, q4_1) (Q4_K, q4_k) (Q6_K, q6_k) }
 
 /// Q8_1 activations of an operand, which the input has to be, Q4_K and Q6_K weights side by side, as Q4_K_M files have them.
 pub mod q4_k_m {
@@ -730,7 +724,7 @@ macro_rules! define_ordered {
         pub mod $suffix {
             use super::*;
 
-            const _: () = check_launch_bounds($threads, ANY_WARPS);
+            const _: () = check_launch_bounds::<Any>($threads, WARPS);
 
             /// `y = W x` or `y = W x + b`, rows in any order, weights of any format.
             ///

@@ -87,7 +87,7 @@ fn kernels(device: &Device, matrix: &Matrix, x: Input) -> (Kernels, Family) {
     }
     let is_operand = matches!(x, Input::Operand(_));
     let own = kernels::own_kernels(matrix.format()).filter(|_| is_operand && !is_long(device, matrix, 1));
-    own.map_or((kernels::mixed::KERNELS, Family::Any), |own| (own, Family::own(&[matrix])))
+    own.map_or((kernels::mixed::KERNELS, Family::Any), |own| (own, Family::Own))
 }
 
 /// Likewise the kernel for queries, keys and values.
@@ -97,7 +97,7 @@ fn qkv_kernel(device: &Device, matrices: [&Matrix; 3], x: Input) -> (&'static Qk
     }
     let fit = matches!(x, Input::Operand(_)) && matrices.iter().all(|matrix| !is_long(device, matrix, 1));
     let own = kernels::own_qkv_kernel(matrices.map(Matrix::format)).filter(|_| fit);
-    own.map_or((&kernels::mixed::GEMV_QKV, Family::Any), |own| (own, Family::own(&matrices)))
+    own.map_or((&kernels::mixed::GEMV_QKV, Family::Any), |own| (own, Family::Own))
 }
 
 /// Whether a strip does not fit shared memory, for a product with so many vectors.

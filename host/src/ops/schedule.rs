@@ -11,13 +11,13 @@ use cuda_std::launch::LaunchConfig;
 use cuda_std::pipeline::Window;
 use gpu_kernels::gemv::epilogue::{Epilogue, Prepared as _};
 use gpu_kernels::gemv::few::{self, FEW_WARPS};
-use gpu_kernels::gemv::{ANY_WARPS, MAX_QUADS, Schedule, Shares, StripShape};
+use gpu_kernels::gemv::{ANY_WARPS, MAX_QUADS, Schedule, Shares, StripShape, WARPS};
 
 /// Which kernels a product is made by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
-    /// Those for one format, whose strips have to fit shared memory; a multiprocessor has registers for so many of their warps.
-    Own { warps: usize },
+    /// Those for one format, whose strips have to fit shared memory.
+    Own,
     /// Those for any format.
     Any,
     /// Those for a few tokens at once, whose strips have to fit shared memory.
@@ -25,16 +25,10 @@ pub(super) enum Family {
 }
 
 impl Family {
-    /// Those for the formats of these matrices.
-    pub(super) fn own(matrices: &[&Matrix]) -> Self {
-        let warps = matrices.iter().map(|matrix| matrix.format().gemv_warps()).min();
-        Self::Own { warps: warps.unwrap_or(ANY_WARPS) as usize }
-    }
-
     /// Warps that a multiprocessor is dealt, of which a block has a part.
     fn warps(self) -> usize {
         match self {
-            Self::Own { warps } => warps,
+            Self::Own => WARPS as usize,
             Self::Any => ANY_DEALT,
             Self::Few { .. } => FEW_WARPS as usize,
         }
@@ -43,7 +37,7 @@ impl Family {
     /// Most warps in a block.
     fn most_warps(self) -> usize {
         match self {
-            Self::Own { .. } | Self::Few { .. } => self.warps(),
+            Self::Own | Self::Few { .. } => self.warps(),
             Self::Any => ANY_WARPS as usize,
         }
     }
@@ -205,7 +199,7 @@ pub(super) fn schedule<E: Epilogue>(
 
     let shared_bytes = |schedule: &Schedule| {
         let words = shapes().map(|strip| match family {
-            Family::Own { .. } | Family::Any => schedule.shared_words(strip),
+            Family::Own | Family::Any => schedule.shared_words(strip),
             Family::Few { n_tokens } => {
                 few::shared_words(*schedule, strip, n_tokens as u32, E::Prepared::WORDS)
             }
