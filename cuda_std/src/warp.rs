@@ -32,14 +32,15 @@ pub const FULL_MASK: u32 = u32::MAX;
 /// A value that is the same for all lanes, which make this call together.
 ///
 /// It goes through a shuffle, by which the assembler knows that it is: what follows from it is worked out once for the warp, in
-/// uniform registers, and what lies behind a branch on it is not compiled for a warp that has parted.
+/// uniform registers, and what lies behind a branch on it is not compiled for a warp that has parted. On the emulator a value that is
+/// not the same is a panic.
 #[inline(always)]
 #[track_caller]
 pub fn warp_uniform(value: u32) -> u32 {
-    cfg_select! {
-        target_arch = "nvptx64" => warp_shuffle_idx(FULL_MASK, value, 0, WARP_SIZE),
-        _ => value,
-    }
+    let first = warp_shuffle_idx(FULL_MASK, value, 0, WARP_SIZE);
+    #[cfg(not(target_arch = "nvptx64"))]
+    assert_eq!(value, first, "warp_uniform: lane {} has another value than lane 0", lane_id());
+    first
 }
 
 /// This thread's lane: its place in the warp.

@@ -131,6 +131,28 @@ fn embedding_rows_match_the_gguf_package() {
     }
 }
 
+/// Rows that end in half a tile, so that two quads may be a strip, of which the last one lacks the second.
+#[test]
+fn rows_of_both_quads_of_a_strip_embed() {
+    for device in devices() {
+        for &format in Format::ALL {
+            let (n_rows, n_cols) = (19, 1536);
+            let blocks = random_blocks(format, n_rows, n_cols, &mut Random::new(n_cols as u64));
+            let matrix = Matrix::upload(device, format, n_rows, n_cols, &blocks).unwrap();
+            let weights = dequantize(format, &blocks);
+            for row in 0..n_rows {
+                let step = device.alloc_from(&[Step { token: row as u32, position: 0 }]).unwrap();
+                let mut out = Guarded::new(device, n_cols);
+                embed(device, &matrix, &step, &mut out.buffer);
+                let what = format!("{} row {row} on {}", format.name(), device.describe());
+                let expected = &weights[row * n_cols..][..n_cols];
+                let size = expected.iter().fold(0.0, |size: f64, weight| size.max(weight.abs()));
+                assert_close(&out.finish(device, &what), expected, 1e-6, size, &what);
+            }
+        }
+    }
+}
+
 #[test]
 fn float_rows_of_any_length_embed() {
     for device in devices() {

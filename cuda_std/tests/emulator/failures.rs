@@ -147,6 +147,24 @@ fn threads_that_part_ways_are_an_error_and_not_a_hang() {
     assert!(error.to_string().contains("a width of 3 lanes"), "{error}");
 }
 
+/// Takes what is one for a warp, or is not, for one.
+#[kernel]
+pub unsafe fn takes_for_uniform(divisor: u32, out: *mut u32) {
+    let i = thread_idx_x();
+    // SAFETY: one element per thread.
+    unsafe { *out.add(i as usize) = warp_uniform(i / divisor) };
+}
+
+#[test]
+fn what_lanes_do_not_agree_on_is_not_uniform() {
+    let mut out = vec![9; 64];
+    launch(&TAKES_FOR_UNIFORM, 1, 64, (32, out.as_mut_ptr()));
+    assert!(out.iter().enumerate().all(|(i, &warp)| warp as usize == i / 32), "{out:?}");
+    let error = try_launch(&TAKES_FOR_UNIFORM, [1; 3], [64, 1, 1], 0, (16, out.as_mut_ptr())).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("takes_for_uniform") && text.contains("has another value than lane 0"), "{text}");
+}
+
 /// All blocks but the first wait for memory that only a block which panics would write.
 #[kernel]
 pub unsafe fn waits_in_vain(flag: *mut u32) {

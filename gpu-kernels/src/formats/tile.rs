@@ -15,7 +15,7 @@ use cuda_std::shared::DynamicShared;
 pub const TILE_ROWS: usize = 4;
 /// Units in each row of a tile, but for the last tile of a row.
 pub const TILE_UNITS: usize = 32;
-/// Units in half of a tile: the rows of a quad end, and begin, at a multiple of as many.
+/// Units in half of a tile, where the second quad of a strip begins.
 pub const HALF_UNITS: usize = TILE_UNITS / 2;
 /// Tiles start at multiples of this many bytes.
 pub const ALIGNMENT: usize = 16;

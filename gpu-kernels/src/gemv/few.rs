@@ -9,7 +9,9 @@
 
 use super::band::{Band, Quad};
 use super::epilogue::{Epilogue, Prepared as _, Ready as _};
-use super::{Either, LANES_OF_ROW, MatrixRef, One, Schedule, StripShape, Sums};
+use super::strip::StripShape;
+use super::sums::{LANES_OF_ROW, Sums};
+use super::{Either, MatrixRef, One, Schedule};
 use crate::activations::{FetchedQ8_1, Q8_1Scale, Q8_1Unit};
 #[cfg(not(target_arch = "nvptx64"))]
 use crate::formats::Format;

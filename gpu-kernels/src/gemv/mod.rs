@@ -17,6 +17,8 @@ pub mod band;
 pub mod epilogue;
 pub mod few;
 pub mod input;
+pub mod strip;
+mod sums;
 
 use crate::activations::{Activations, F32Vector, Q8_1, QuantizedOperand};
 use crate::formats::tile::{SharedTile, TILE_ROWS, TILE_UNITS};
@@ -38,11 +40,13 @@ use cuda_std::warp::{WARP_SIZE, lane_id, warp_id, warp_reduce_add_4, warp_unifor
 use cuda_std::{dynamic_shared, kernel};
 use epilogue::{Add, Epilogue, Qkv, Ready as _, Store, StoreOrdered, Swiglu};
 use input::Input;
+use strip::StripShape;
+use sums::Sums;
 
 /// Warps that a multiprocessor has registers for, of kernels for one format; no block has more.
 pub const WARPS: u32 = 24;
 /// Likewise of those for three matrices, which have the numbers of all in registers.
-const QKV_WARPS: u32 = 20;
+pub const QKV_WARPS: u32 = 20;
 /// Most warps in a block of the kernels for any format.
 pub const ANY_WARPS: u32 = 8;
 /// Most quads in a band: a lane of the last warp finishes each.
@@ -77,61 +81,6 @@ impl MatrixRef {
     #[inline(always)]
     pub fn strip_shape(&self, n_units: u32) -> StripShape {
         StripShape { quads: self.strip_quads, n_units }
-    }
-}
-
-/// What a strip is like.
-#[derive(Clone, Copy, Debug)]
-pub struct StripShape {
-    /// Quads, 1 or 2.
-    pub quads: u32,
-    /// Units in a row of a quad.
-    pub n_units: u32,
-}
-
-impl StripShape {
-    /// Units in a row of the strip.
-    #[inline(always)]
-    fn strip_units(self) -> u32 {
-        self.quads * self.n_units
-    }
-
-    /// Tiles.
-    #[inline(always)]
-    pub fn n_tiles(self) -> u32 {
-        self.strip_units().div_ceil(TILE_UNITS as u32)
-    }
-
-    /// Units in a row of tile `tile`.
-    #[inline(always)]
-    fn units_of(self, tile: u32) -> u32 {
-        (self.strip_units() - tile * TILE_UNITS as u32).min(TILE_UNITS as u32)
-    }
-
-    /// The unit of the vector that this lane's unit of tile `tile` meets. Lanes without a unit take another one's: it meets no
-    /// weights.
-    #[inline(always)]
-    fn vector_unit(self, tile: u32) -> u32 {
-        let unit = (tile * TILE_UNITS as u32 + lane_id()).min(self.strip_units() - 1);
-        if unit < self.n_units { unit } else { unit - self.n_units }
-    }
-
-    /// Whether the two halves of a tile may be of two quads.
-    #[inline(always)]
-    fn is_of_halves(self) -> bool {
-        self.quads > 1
-    }
-
-    /// Lanes up to which there is something to store: where a warp's sums are of one quad both halves of it have them.
-    #[inline(always)]
-    fn lanes_that_store(self) -> u32 {
-        HALF_WARP * self.quads
-    }
-
-    /// Words for the sums of a quad: four for each tile, or of strips of two for each half of one, which are as many; filled up.
-    #[inline(always)]
-    fn sums_words_of_quad(self) -> u32 {
-        self.n_tiles().next_multiple_of(SUMS_AT_ONCE) * TILE_ROWS as u32
     }
 }
 
@@ -299,84 +248,6 @@ impl Dots for Any {
             }
             sums = [s1, s2, s3, crate::for_each_format!(dispatch)];
             row += 1;
-        }
-        sums
-    }
-}
-
-/// The sums of a band's quads in shared memory, quad by quad, of each tile by tile, or half by half, and zeros up to a multiple
-/// of four.
-#[derive(Clone, Copy)]
-struct Sums {
-    memory: DynamicShared<u32>,
-    /// The word at which they start.
-    at: u32,
-    strip: StripShape,
-}
-
-/// Neighbouring lanes that have a row's sum, of each half of a warp.
-const LANES_OF_ROW: u32 = HALF_WARP / TILE_ROWS as u32;
-/// Half of a warp.
-const HALF_WARP: u32 = WARP_SIZE / 2;
-/// Sums of a row that are added up at a time.
-const SUMS_AT_ONCE: u32 = 4;
-
-impl Sums {
-    /// Where quad `quad` starts.
-    #[inline(always)]
-    fn quad(self, quad: u32) -> u32 {
-        self.at + quad * self.strip.sums_words_of_quad()
-    }
-
-    /// Writes the zeros of `n_quads` quads, by the lanes of a warp.
-    #[inline(always)]
-    fn fill_up(self, n_quads: u32) {
-        let n_tiles = self.strip.n_tiles();
-        let missing = n_tiles.next_multiple_of(SUMS_AT_ONCE) - n_tiles;
-        let mut quad = lane_id();
-        while missing > 0 && quad < n_quads {
-            for tile in n_tiles..n_tiles + missing {
-                self.memory.set4((self.quad(quad) + tile * TILE_ROWS as u32) as usize, [0; 4]);
-            }
-            quad += WARP_SIZE;
-        }
-    }
-
-    /// Where in a strip's sums the one goes that this lane has of tile `tile`, of one row of one quad.
-    #[inline(always)]
-    fn place_in_strip(self, tile: u32) -> u32 {
-        let n_tiles = self.strip.n_tiles();
-        // Which of its quad's sums, of as many as the strip has tiles.
-        let number =
-            self.strip.quads * tile + if self.strip.is_of_halves() { lane_id() / HALF_WARP } else { 0 };
-        let (quad, number) = if number < n_tiles { (0, number) } else { (1, number - n_tiles) };
-        let row = lane_id() / LANES_OF_ROW % TILE_ROWS as u32;
-        quad * self.strip.sums_words_of_quad() + number * TILE_ROWS as u32 + row
-    }
-
-    /// Leaves a sum at word `at`.
-    #[inline(always)]
-    fn store(self, at: u32, sum: f32) {
-        if lane_id().is_multiple_of(LANES_OF_ROW) && lane_id() < self.strip.lanes_that_store() {
-            self.memory.set(at as usize, sum.to_bits());
-        }
-    }
-
-    /// Adds up the sums of the quad that starts at word `at`.
-    #[inline(always)]
-    fn add_up(self, at: u32) -> [f32; TILE_ROWS] {
-        let of_tile =
-            |tile: u32| self.memory.get4((at + tile * TILE_ROWS as u32) as usize).map(f32::from_bits);
-        let add = |[a0, a1, a2, a3]: [f32; TILE_ROWS], [b0, b1, b2, b3]: [f32; TILE_ROWS]| {
-            [a0 + b0, a1 + b1, a2 + b2, a3 + b3]
-        };
-        let four =
-            |tile: u32| add(add(of_tile(tile), of_tile(tile + 1)), add(of_tile(tile + 2), of_tile(tile + 3)));
-        let mut sums = four(0);
-        let mut tile = SUMS_AT_ONCE;
-        while tile < self.strip.n_tiles() {
-            sums = add(sums, four(tile));
-            tile += SUMS_AT_ONCE;
         }
         sums
     }

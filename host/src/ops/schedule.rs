@@ -11,7 +11,8 @@ use cuda_std::launch::LaunchConfig;
 use cuda_std::pipeline::Window;
 use gpu_kernels::gemv::epilogue::{Epilogue, Prepared as _};
 use gpu_kernels::gemv::few::{self, FEW_WARPS};
-use gpu_kernels::gemv::{ANY_WARPS, MAX_QUADS, Schedule, Shares, StripShape, WARPS};
+use gpu_kernels::gemv::strip::StripShape;
+use gpu_kernels::gemv::{ANY_WARPS, MAX_QUADS, QKV_WARPS, Schedule, Shares, WARPS};
 
 /// Which kernels a product is made by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +93,8 @@ const MOST_ODD: usize = 4;
 const LEAST_TILES: usize = 2;
 /// Most blocks that a multiprocessor has at once where the whole matrix is dealt out, before it is taken in rounds.
 const MOST_AT_ONCE: usize = 3;
+// No block has more than half of what a multiprocessor is dealt: so those of three matrices start as well.
+const _: () = assert!(WARPS / 2 <= QKV_WARPS);
 /// Most tiles that a warp multiplies one after the other where a multiprocessor has fewer blocks than that.
 const MOST_TILES: usize = 4;
 
