@@ -56,7 +56,7 @@ impl Output {
         // SAFETY: the caller's promise.
         unsafe {
             if self.kind == OutputKind::Store as u32 {
-                work.with(|token| Store { y: y(token) });
+                work.with(|token| Store { y: y(token), largest: core::ptr::null_mut() });
             } else if self.kind == OutputKind::Add as u32 {
                 work.with(|token| Add { y: y(token), operand: Operand::NOTHING });
             } else if self.kind == OutputKind::Swiglu as u32 {

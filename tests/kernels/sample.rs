@@ -62,7 +62,7 @@ impl<'d> Chooser<'d> {
     fn launch(&mut self, workspace: usize) {
         let Self { device, n_vocab, logits, parameters, workspaces, step, chosen } = self;
         let workspace = &mut workspaces[workspace];
-        ops::sample(device, logits, *n_vocab, parameters, workspace, step, chosen, 1).unwrap();
+        ops::sample(device, logits, *n_vocab, parameters, workspace, None, step, chosen, 1).unwrap();
     }
 
     fn counts(&mut self, n: u32) -> Vec<usize> {
@@ -377,7 +377,7 @@ fn senseless_vocabularies_are_refused() {
     ] {
         let Chooser { device, logits, parameters, workspaces, step, chosen, .. } = &mut chooser;
         let workspace = &mut workspaces[0];
-        let error = ops::sample(device, logits, n_vocab, parameters, workspace, step, chosen, 1).unwrap_err();
+        let error = ops::sample(device, logits, n_vocab, parameters, workspace, None, step, chosen, 1).unwrap_err();
         let error = error.to_string();
         assert!(error.contains(part), "{error}");
     }

@@ -6,12 +6,15 @@ use crate::formats::tile::TILE_ROWS;
 use crate::math::silu;
 use crate::operand::Operand;
 use crate::rope::rotate;
+use crate::sample::{Best, warp_largest};
 use crate::step::Step;
 use core::ptr;
 use cuda_std::codegen::settled;
 use cuda_std::float::f32_to_f16;
 use cuda_std::memory::{ld_global_u32x4, st_global_u32x4};
 use cuda_std::shared::DynamicShared;
+use cuda_std::thread::block_idx_x;
+use cuda_std::warp::lane_id;
 use half::f16;
 
 /// What finishing a quad needs besides the sums. Who has no registers for it meanwhile leaves it in shared memory.
@@ -68,6 +71,14 @@ pub trait Epilogue: Copy {
 
     /// Works out where the quad's results go.
     fn ready(&self, quad: Quad, matrix: MatrixRef, prepared: Self::Prepared) -> Self::Ready;
+
+    /// What follows once all quads of a band are finished: each lane of the warp that did so has the products of the quad that was its
+    /// own, or none.
+    ///
+    /// # Safety
+    /// The epilogue's pointers must be as its fields say. All lanes make this call.
+    #[inline(always)]
+    unsafe fn conclude(&self, _quad: Quad, _matrix: MatrixRef, _sums: Option<[f32; TILE_ROWS]>) {}
 }
 
 /// A quad of which only the sums are missing.
@@ -85,6 +96,8 @@ pub trait Ready: Copy {
 pub struct Store {
     /// `[n_rows]`, at a multiple of 16 bytes.
     pub y: *mut f32,
+    /// The largest rank ([`crate::sample`]) of each block's rows, `[grid]`; null where nobody wants them.
+    pub largest: *mut u64,
 }
 
 /// Rows of a vector in natural order: those of a quad that exist.
@@ -138,6 +151,23 @@ impl Epilogue for Store {
     #[inline(always)]
     fn ready(&self, quad: Quad, matrix: MatrixRef, (): ()) -> StoreReady {
         StoreReady(Rows::new(self.y, quad, matrix))
+    }
+
+    #[inline(always)]
+    unsafe fn conclude(&self, quad: Quad, matrix: MatrixRef, sums: Option<[f32; TILE_ROWS]>) {
+        if self.largest.is_null() {
+            return;
+        }
+        let first = quad.number * TILE_ROWS as u32;
+        let [s0, s1, s2, s3] = sums.unwrap_or([f32::NEG_INFINITY; TILE_ROWS]);
+        // Rows beyond the last one are nobody's.
+        let keep = |i: u32, sum: f32| if first + i < matrix.n_rows { sum } else { f32::NEG_INFINITY };
+        let best = Best::NONE.or_of_4(first, [s0, keep(1, s1), keep(2, s2), keep(3, s3)]);
+        let largest = warp_largest(best.rank());
+        if lane_id() == 0 {
+            // SAFETY: the block's own place.
+            unsafe { *self.largest.add(block_idx_x() as usize) = largest };
+        }
     }
 }
 

@@ -440,11 +440,15 @@ unsafe fn run<X: Activations, D: Dots, E: Epilogue, const N: usize>(
     let ready = epilogue.ready(band.quad(own), matrix, prepared);
     // All have left their sums.
     meet_for_the_last_time();
+    let mut finished = None;
     if lane < band.n_quads {
         let sums = sums.add_up(at).map(|sum| sum * factor);
+        finished = Some(sums);
         // SAFETY: the quad is finished by this thread alone; the epilogue keeps its contract.
         unsafe { ready.finish(sums) };
     }
+    // SAFETY: as above.
+    unsafe { epilogue.conclude(band.quad(own), matrix, finished) };
 }
 
 /// Refuses launch bounds, which have to be a number, of other than so many warps, or than those of the kernels for any format.

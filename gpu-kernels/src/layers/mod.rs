@@ -109,7 +109,6 @@ unsafe fn run<F: InPlanes, const LANES: u32, const MANY: usize, const SOME: usiz
     }
     // From here on others may send.
     sync_cluster();
-    let_next_start();
     if walk.is_fetcher() {
         // SAFETY: the caller's promise; nothing has been read.
         unsafe {
@@ -120,6 +119,8 @@ unsafe fn run<F: InPlanes, const LANES: u32, const MANY: usize, const SOME: usiz
         }
     }
     wait_for_previous();
+    // Not before: the product behind would ask for weights while the choice of this token is waiting for what it reads.
+    let_next_start();
     // SAFETY: the vectors are as the fields say.
     let position = unsafe {
         let mut i = thread;

@@ -1,6 +1,6 @@
 //! The logits in groups: the largest of each, which groups have some of the largest of all, and passes over these.
 
-use super::likelihood::rank;
+use super::likelihood::Best;
 use super::{BLOCK_DIM, WARPS};
 use cuda_std::memory::{ld_global_u32, ld_global_u32x4};
 use cuda_std::shared::Shared;
@@ -15,15 +15,53 @@ pub const CHUNK: usize = 4 * WARP_SIZE as usize;
 /// Most groups: eight for each thread of the block that looks at their largest ranks.
 pub const MAX_GROUPS: usize = 8 * BLOCK_DIM;
 
-/// Chunks that a warp has on their way in a pass.
+/// How often a warp asks for a quad for each lane before it needs the first ones, in a pass.
 const AHEAD: u32 = 6;
 
-/// All logits. A group is `1 << group_shift` chunks that follow each other.
+/// How the logits are dealt out in groups that follow each other, of quads of four logits, and the largest rank of each.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Groups {
+    /// The largest rank of each: `[n]`, with room for an even number of them, at a multiple of 16 bytes.
+    pub largest: *mut u64,
+    /// How many there are, at most [`MAX_GROUPS`].
+    pub n: u32,
+    /// Quads of a group.
+    pub quads: u32,
+    /// How many groups, the first ones, have `more` quads more.
+    pub n_with_more: u32,
+    /// See there.
+    pub more: u32,
+    /// A warp goes through a group `1 << shift` times, a quad for each lane.
+    pub shift: u32,
+}
+
+#[cfg(not(target_arch = "nvptx64"))]
+// SAFETY: a pointer and numbers in C's layout, alike on both sides.
+unsafe impl cuda_std::launch::KernelArg for Groups {}
+
+impl Groups {
+    /// The first token of quad `lane` of those that a warp takes at once, the `turn`th time of a group; beyond all vocabularies where
+    /// the group has no such quad.
+    #[inline(always)]
+    fn token(self, group: u32, turn: u32, lane: u32) -> u32 {
+        let quad = turn * WARP_SIZE + lane;
+        let n_quads = self.quads + if group < self.n_with_more { self.more } else { 0 };
+        let first = group * self.quads + group.min(self.n_with_more) * self.more;
+        if quad < n_quads { 4 * (first + quad) } else { BEYOND }
+    }
+}
+
+/// No token has this number, nor one of those after it.
+const BEYOND: u32 = 1 << 31;
+const _: () = assert!(super::MAX_VOCAB <= BEYOND as usize);
+
+/// All logits.
 #[derive(Clone, Copy)]
 pub(super) struct Vocabulary {
     pub(super) logits: *const f32,
     pub(super) n: u32,
-    pub(super) group_shift: u32,
+    pub(super) groups: Groups,
 }
 
 impl Vocabulary {
@@ -64,30 +102,20 @@ impl Vocabulary {
     #[inline(always)]
     pub(super) fn largest_of(self, group: u32) -> u64 {
         let lane = thread_idx_x() % WARP_SIZE;
-        let (mut best, mut best_id) = (f32::NEG_INFINITY, u32::MAX);
-        let mut chunk = group << self.group_shift;
-        let end = chunk + (1 << self.group_shift);
-        while chunk < end {
-            let first = chunk * CHUNK as u32 + 4 * lane;
-            let [l0, l1, l2, l3] = self.checked(first, self.quad(first));
-            let mut compare = |id, logit| {
-                if logit > best {
-                    (best, best_id) = (logit, id);
-                }
-            };
-            compare(first, l0);
-            compare(first + 1, l1);
-            compare(first + 2, l2);
-            compare(first + 3, l3);
-            chunk += 1;
+        let mut best = Best::NONE;
+        let mut turn = 0;
+        while turn < 1 << self.groups.shift {
+            let first = self.groups.token(group, turn, lane);
+            best = best.or_of_4(first, self.checked(first, self.quad(first)));
+            turn += 1;
         }
-        warp_largest(rank(best_id, best))
+        warp_largest(best.rank())
     }
 }
 
 /// The largest rank of a warp's.
 #[inline(always)]
-pub(super) fn warp_largest(rank: u64) -> u64 {
+pub(crate) fn warp_largest(rank: u64) -> u64 {
     let key = (rank >> 32) as u32;
     let largest = warp_max_u32(key);
     let low = warp_max_u32(if key == largest { rank as u32 } else { 0 });
@@ -112,21 +140,20 @@ impl Pass {
         const { assert!(WARPS * CHUNK == super::COLUMNS) };
         const BESIDE: u32 = WARPS as u32;
         let (warp, lane) = (thread_idx_x() / WARP_SIZE, thread_idx_x() % WARP_SIZE);
-        let Vocabulary { n, group_shift, .. } = self.vocabulary;
+        let Vocabulary { n, groups, .. } = self.vocabulary;
         let n_chunks = match self.n_listed {
-            Some(n_listed) => n_listed << group_shift,
+            Some(n_listed) => n_listed << groups.shift,
             None => n.div_ceil(CHUNK as u32),
         };
         // The first token of the lane's part of a chunk, which may be beyond the last.
         let first = |i: u32| {
-            let chunk = if self.n_listed.is_some() {
+            if self.n_listed.is_some() {
                 let i = i.min(n_chunks - 1);
-                let group = u32::from(self.list.get((i >> group_shift) as usize));
-                (group << group_shift) + (i & ((1 << group_shift) - 1))
+                let group = u32::from(self.list.get((i >> groups.shift) as usize));
+                groups.token(group, i & ((1 << groups.shift) - 1), lane)
             } else {
-                i
-            };
-            chunk * CHUNK as u32 + 4 * lane
+                i * CHUNK as u32 + 4 * lane
+            }
         };
         let fetch = |i: u32| self.vocabulary.quad(first(i));
         let next = |i: u32| fetch(warp + i * BESIDE);

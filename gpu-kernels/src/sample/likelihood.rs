@@ -26,6 +26,31 @@ pub(super) fn id_of(rank: u64) -> u32 {
     !(rank as u32)
 }
 
+/// The most likely of some tokens, which are looked at in the order of their ids.
+#[derive(Clone, Copy)]
+pub(crate) struct Best {
+    id: u32,
+    logit: f32,
+}
+
+impl Best {
+    /// Of none.
+    pub(crate) const NONE: Self = Self { id: u32::MAX, logit: f32::NEG_INFINITY };
+
+    /// Of four more tokens, from `first` on.
+    #[inline(always)]
+    pub(crate) fn or_of_4(self, first: u32, [l0, l1, l2, l3]: [f32; 4]) -> Self {
+        let or = |best: Self, id: u32, logit: f32| if logit > best.logit { Self { id, logit } } else { best };
+        or(or(or(or(self, first, l0), first + 1, l1), first + 2, l2), first + 3, l3)
+    }
+
+    /// Its rank; below [`USABLE`] where no token can be chosen.
+    #[inline(always)]
+    pub(crate) fn rank(self) -> u64 {
+        rank(self.id, self.logit)
+    }
+}
+
 /// What a token adds to a sum.
 #[derive(Clone, Copy)]
 pub(super) struct Measure {

@@ -4,8 +4,9 @@
 //! their ids, and those from a lowest rank on are kept. Weights are integers, in units of 2^-31 of the largest one, so
 //! that no sum depends on the order in which threads add.
 //!
-//! All warps of the grid look at a group of logits each and leave its largest rank; the last block to end has the rest to
-//! do. For the most likely token these ranks are enough. Of them, the k-th largest bounds the k most likely tokens from
+//! Logits are dealt out in groups that follow each other, of which somebody leaves the largest rank: the product that makes the logits
+//! ([`crate::gemv`]), or [`rank_groups`]. One block has the rest to do. For the most likely token these ranks are enough. Of them, the
+//! k-th largest bounds the k most likely tokens from
 //! below, so that only few groups have to be read again and few tokens are left, which are compared with each other
 //! (`few.rs`). Where they are too many for that, or too few for top-p, the lowest rank is found by radix selection, in
 //! passes over these groups or all of them (`selection.rs`).
@@ -15,19 +16,21 @@ mod groups;
 mod likelihood;
 mod selection;
 
-pub use groups::{CHUNK, MAX_GROUPS};
+
+pub(crate) use groups::warp_largest;
+pub use groups::{CHUNK, Groups, MAX_GROUPS};
+pub(crate) use likelihood::Best;
 
 use crate::step::Step;
 use bytemuck::{Pod, Zeroable};
 use core::f32::consts::LOG2_E;
-use cuda_std::atomic::{atomic_add_u32, thread_fence};
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::ld_global_u32x4;
-use cuda_std::thread::{block_idx_x, grid_dim_x, sync_threads, thread_idx_x};
+use cuda_std::thread::{block_idx_x, sync_threads, thread_idx_x};
 use cuda_std::warp::{WARP_SIZE, warp_id, warp_uniform};
 use cuda_std::{kernel, shared_array};
 use few::{Few, ROOM, lanes_sum};
-use groups::{Distances, Pass, Vocabulary, warp_largest};
+use groups::{Distances, Pass, Vocabulary};
 use likelihood::{Measure, USABLE, Wanted, id_of, logit_of, random_bits, rank};
 use selection::{BINS, Sums, select};
 
@@ -70,21 +73,31 @@ const FEW: u32 = 192;
 
 const TWO_TO_64: f32 = 18_446_744_073_709_551_616.0;
 
-/// How the logits are dealt out, and what blocks leave for the last of them.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Groups {
-    /// The largest rank of each group: `[grid * WARPS]`, at a multiple of 16 bytes.
-    pub largest: *mut u64,
-    /// How many blocks have come: `[1]`, 0 between launches.
-    pub n_ended: *mut u32,
-    /// A group is `1 << shift` times [`CHUNK`] logits.
-    pub shift: u32,
+/// Leaves the largest rank of every group.
+///
+/// # Safety
+/// The pointers are to device memory of the sizes below. `n_vocab` is from 1 to [`MAX_VOCAB`], and the groups have all logits.
+///
+/// # Parameters
+/// - `logits`: `[n_vocab]`, in a buffer of at least four values, at a multiple of 16 bytes
+/// - `groups`: how they are dealt out, and where the ranks go
+///
+/// # Thread mapping
+/// A warp for each group, blocks of [`BLOCK_DIM`] threads, four logits for each lane at once. Bytes moved: 4 n_vocab.
+#[kernel(overlapping, launch_bounds(256, 2))]
+pub unsafe fn rank_groups(logits: *const f32, n_vocab: u32, groups: Groups) {
+    let_next_start();
+    let group = block_idx_x() * WARPS as u32 + warp_uniform(warp_id());
+    wait_for_previous();
+    if group >= groups.n {
+        return;
+    }
+    let largest = Vocabulary { logits, n: n_vocab, groups }.largest_of(group);
+    if thread_idx_x().is_multiple_of(WARP_SIZE) {
+        // SAFETY: the warp's place.
+        unsafe { *groups.largest.add(group as usize) = largest };
+    }
 }
-
-#[cfg(not(target_arch = "nvptx64"))]
-// SAFETY: pointers and a number in C's layout, alike on both sides.
-unsafe impl cuda_std::launch::KernelArg for Groups {}
 
 /// Chooses a token at random by its logit and makes it the step's: `chosen[position % n_places] = token`,
 /// `step = { token, position + 1 }`.
@@ -99,22 +112,20 @@ unsafe impl cuda_std::launch::KernelArg for Groups {}
 /// `random bits * total / 2^64`, rounded up. A weight is rounded to 2^-31 of the largest one.
 ///
 /// # Safety
-/// The pointers are to device memory of the sizes below. `n_vocab` is from 1 to [`MAX_VOCAB`]. The grid has a warp for
-/// each group and at most [`MAX_GROUPS`] of them.
+/// The pointers are to device memory of the sizes below. `n_vocab` is from 1 to [`MAX_VOCAB`], and the groups have all logits.
 ///
 /// # Parameters
 /// - `logits`: `[n_vocab]`, in a buffer of at least four values, at a multiple of 16 bytes
 /// - `parameters`: `[1]`
-/// - `groups`: how the logits are dealt out, and the workspace
+/// - `groups`: how the logits are dealt out, with the largest rank of each
 /// - `chosen`: `[n_places]`, which may lie in host memory that the device writes to
 /// - `step`: `[1]`; its position is that of the token whose logits these are
 ///
 /// # Thread mapping
-/// Blocks of [`BLOCK_DIM`] threads, a group of logits for each warp, four logits for each lane at once. The last block to
-/// end goes on by itself. Bytes moved: 4 n_vocab, with top-k some groups again (about as many as tokens are kept). With
-/// top-p alone or neither, 4 n_vocab again. Where top-k is above 192, or tokens of nearly the same likelihood or top-p
+/// One block of [`BLOCK_DIM`] threads. Bytes moved: 8 for each group, with top-k some groups (about as many as tokens are kept). With
+/// top-p alone or neither, 4 n_vocab. Where top-k is above 192, or tokens of nearly the same likelihood or top-p
 /// make it more than 256 that come into question, the selection makes up to thirteen passes over these groups, or over all.
-#[kernel(overlapping, launch_bounds(256, 2))]
+#[kernel(overlapping, launch_bounds(256, 1))]
 pub unsafe fn sample(
     logits: *const f32,
     n_vocab: u32,
@@ -127,7 +138,6 @@ pub unsafe fn sample(
     let_next_start();
     let distances = Distances(shared_array!(SAMPLE_DISTANCES: [u32; Distances::BINS]));
     let warp_ranks = shared_array!(SAMPLE_WARP_RANKS: [u64; WARPS]);
-    let is_last = shared_array!(SAMPLE_IS_LAST: [u32; 1]);
     let list = shared_array!(SAMPLE_LIST: [u16; MAX_GROUPS]);
     let n_listed = shared_array!(SAMPLE_LISTED: [u32; 1]);
     let masses = shared_array!(SAMPLE_MASSES: [u64; WARPS]);
@@ -152,45 +162,23 @@ pub unsafe fn sample(
     }
     wait_for_previous();
 
-    let vocabulary = Vocabulary { logits, n: n_vocab, group_shift: groups.shift };
-    let group = block_idx_x() * WARPS as u32 + warp;
-    let largest = vocabulary.largest_of(group);
-    if lane == 0 {
-        // SAFETY: the warp's place.
-        unsafe { *groups.largest.add(group as usize) = largest };
-    }
-    thread_fence();
-    sync_threads();
-    if thread == 0 {
-        // SAFETY: the grid's counter.
-        let before = unsafe { atomic_add_u32(groups.n_ended, 1) };
-        is_last.set(0, u32::from(before + 1 == grid_dim_x()));
-    }
-    sync_threads();
-    if is_last.get(0) == 0 {
-        return;
-    }
-    thread_fence();
-
-    // The last block has what the others left, eight ranks in each thread.
-    let n_groups = grid_dim_x() * WARPS as u32;
+    // Eight ranks for each thread.
+    let vocabulary = Vocabulary { logits, n: n_vocab, groups };
     let group_of = |pair: u32| 2 * (thread + pair * BLOCK_DIM as u32);
     let fetch = |pair: u32| {
-        let group = group_of(pair).min(n_groups - 2);
-        // SAFETY: all warps have written theirs, and their number is even.
+        let group = if group_of(pair) < groups.n { group_of(pair) } else { 0 };
+        // SAFETY: there is room for an even number of ranks.
         unsafe { ld_global_u32x4(groups.largest.add(group as usize).cast()) }
     };
     let words = [fetch(0), fetch(1), fetch(2), fetch(3)];
     // SAFETY: one of each; the step is written when all threads have read it.
     let (SamplingParameters { seed, inverse_temp, top_k, top_p, .. }, position) =
         unsafe { (*parameters, (*step).position) };
-    if thread == 0 {
-        // SAFETY: the grid's counter, which no other block uses any more.
-        unsafe { *groups.n_ended = 0 };
-    }
     let pair = |pair: u32, [a, b, c, d]: [u32; 4]| {
-        let is_there = group_of(pair) < n_groups;
-        if is_there { (u64::from(b) << 32 | u64::from(a), u64::from(d) << 32 | u64::from(c)) } else { (0, 0) }
+        let rank = |i: u32, low: u32, high: u32| {
+            if group_of(pair) + i < groups.n { u64::from(high) << 32 | u64::from(low) } else { 0 }
+        };
+        (rank(0, a, b), rank(1, c, d))
     };
     let pairs = [pair(0, words[0]), pair(1, words[1]), pair(2, words[2]), pair(3, words[3])];
     let larger = |(a, b): (u64, u64)| if a > b { a } else { b };
@@ -231,7 +219,7 @@ pub unsafe fn sample(
         // Which groups have tokens that come into question.
         each_group(pairs, |_, largest| distances.count(top - logit_of(largest)));
         sync_threads();
-        let few_groups = if n_groups / 2 < FEW { n_groups / 2 } else { FEW };
+        let few_groups = if groups.n / 2 < FEW { groups.n / 2 } else { FEW };
         let limit = distances.limit(if top_k > 0 { top_k } else { few_groups });
         each_group(pairs, |group, largest| {
             if top - logit_of(largest) < limit {

@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::ops::{
     self, AttentionShape, AttentionWorkspace, Chunk, Input, KvCache, KvStage, LayerWeights, Layers,
-    ManyOutput, Matrix, Next, Norm, Operand, Output, Panels, Q8_1Vector, QkvWeights,
+    ManyOutput, Matrix, Next, Norm, Operand, Output, Panels, Q8_1Vector, QkvWeights, Ranks, SampleWorkspace,
 };
 use anyhow::{Context as _, Result, bail};
 use gpu_kernels::kv_cache::KvFormat;
@@ -178,9 +178,17 @@ impl Buffers {
     }
 }
 
+/// Where the logits of a token go.
+pub(super) struct Logits<'a> {
+    /// `[n_vocab]`.
+    pub(super) to: &'a mut Buffer<f32>,
+    /// Where their largest ranks go, if a token will be chosen by them.
+    pub(super) workspace: Option<&'a mut SampleWorkspace>,
+}
+
 /// Tokens through the whole model: appends to the caches at their positions, and leaves the logits of the last one in
 /// `logits` where they are wanted (all but the last chunk of a prompt do without). One token goes through all layers in one
-/// launch where `together` is given: no probe stops in there.
+/// launch where `together` is given: no probe stops in there. Gives the ranks of the logits where they were left.
 #[allow(clippy::too_many_arguments, reason = "each is one thing")]
 pub(super) fn forward(
     device: &Device,
@@ -190,9 +198,9 @@ pub(super) fn forward(
     b: &mut Buffers,
     tokens: Tokens,
     together: Option<&mut Layers>,
-    logits: Option<&mut Buffer<f32>>,
+    logits: Option<Logits>,
     probe: Probe,
-) -> Result<(), Halt> {
+) -> Result<Option<Ranks>, Halt> {
     let (token_embd, rope) = (&weights.token_embd, &settings.rope);
     // What follows each layer, and before them the embedding, is normalised with these.
     let norm_of =
@@ -217,7 +225,8 @@ pub(super) fn forward(
         }
     }
 
-    if let Some(logits) = logits {
+    let mut ranks = None;
+    if let Some(Logits { to: logits, workspace }) = logits {
         let n_embd = weights.token_embd.n_cols();
         let last = (tokens.len() - 1) * stride(n_embd);
         let x = b.x.part(last..last + n_embd);
@@ -229,8 +238,7 @@ pub(super) fn forward(
                     ops::make_operand(device, &x, next)?;
                 }
                 let x = input(settings.activations, &x, &b.x_operand);
-                let output = if are_together { Output::SetAfterLayers(logits) } else { Output::Set(logits) };
-                ops::gemv(device, weights.output(), x, Some(norm), output)?;
+                ranks = ops::gemv_logits(device, weights.output(), x, norm, are_together, logits, workspace)?;
             }
             Fusion::Unfused => {
                 let unfused = unfused::buffers(&mut b.unfused)?;
@@ -239,7 +247,7 @@ pub(super) fn forward(
         }
         probe.after(Op::Logits, 0, device, logits)?;
     }
-    Ok(())
+    Ok(ranks)
 }
 
 /// The layers as one launch goes through them, for one token; `None` where they have to go kernel by kernel ([`Layers::new`]).

@@ -2,7 +2,7 @@
 
 mod timing;
 
-use super::forward::{Buffers, Tokens, forward, has_few_products, logits_of_many, together};
+use super::forward::{Buffers, Logits, Tokens, forward, has_few_products, logits_of_many, together};
 use super::trace::{Halt, Op, Point, Probe};
 use super::weights::GateUp;
 use super::{Fusion, Model, weights};
@@ -284,11 +284,11 @@ impl<'m> Session<'m> {
         let steps: Vec<Step> = tokens.iter().enumerate().map(step).collect();
         device.upload(&mut many.steps.part(0..steps.len()), &steps)?;
         let chunk = Tokens::Many(Chunk { position, n_tokens: tokens.len() });
-        let logits = if with_logits { Some(&mut self.logits) } else { None };
+        let logits = with_logits.then_some(Logits { to: &mut self.logits, workspace: None });
         let run =
             forward(device, weights, settings, &mut self.caches, many, chunk, None, logits, Probe::default());
         match run {
-            Ok(()) => {
+            Ok(_) => {
                 self.position += tokens.len();
                 self.has_logits = with_logits;
                 Ok(())
@@ -362,7 +362,7 @@ impl<'m> Session<'m> {
         let (logits, n_vocab) = (&self.logits, self.model.config.n_vocab);
         let (workspace, step) = (&mut self.sample_workspace, &mut self.buffers.steps);
         let chosen = self.chosen.as_buffer();
-        ops::sample(device, logits, n_vocab, &self.sampling, workspace, step, chosen, MAX_AHEAD)?;
+        ops::sample(device, logits, n_vocab, &self.sampling, workspace, None, step, chosen, MAX_AHEAD)?;
         self.has_chosen = true;
         self.ahead.push_back(device.signal()?);
         self.next_chosen()
@@ -488,13 +488,14 @@ impl<'m> Session<'m> {
         let together = if self.way(probe) == Way::Together { self.together.as_mut() } else { None };
         let b = &mut self.buffers;
         b.attention.suit(self.position + 1);
-        let logits = if kind == Kind::Prompt { None } else { Some(&mut self.logits) };
-        forward(device, weights, settings, &mut self.caches, b, Tokens::One, together, logits, probe)?;
+        let workspace = (kind == Kind::Choice).then_some(&mut self.sample_workspace);
+        let logits = (kind != Kind::Prompt).then_some(Logits { to: &mut self.logits, workspace });
+        let ranks = forward(device, weights, settings, &mut self.caches, b, Tokens::One, together, logits, probe)?;
         if kind == Kind::Choice {
             let chosen = self.chosen.as_buffer();
             let (logits, sampling) = (&self.logits, &self.sampling);
             let (workspace, steps) = (&mut self.sample_workspace, &mut b.steps);
-            ops::sample(device, logits, config.n_vocab, sampling, workspace, steps, chosen, MAX_AHEAD)?;
+            ops::sample(device, logits, config.n_vocab, sampling, workspace, ranks, steps, chosen, MAX_AHEAD)?;
             probe.passed(Op::Choice, 0)?;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! Launchers of the matrix-vector products.
 
 use super::schedule::{Chain, Family, MOST_BESIDE_BYTES, schedule};
-use super::{Input, KvLayer, Matrix, Next, Norm, Rope, aligned, at_least, dim};
+use super::{Input, KvLayer, Matrix, Next, Norm, Ranks, Rope, SampleWorkspace, aligned, at_least, dim};
 use crate::device::{Buffer, Device};
 use anyhow::{Context as _, Result, ensure};
 use cuda_std::launch::Kernel;
@@ -19,8 +19,6 @@ use std::ptr;
 pub enum Output<'a> {
     /// `y = W x`.
     Set(&'a mut Buffer<f32>),
-    /// The same, directly behind [`layers`](super::layers) of the same token.
-    SetAfterLayers(&'a mut Buffer<f32>),
     /// `y = W x + bias`.
     SetBiased(&'a mut Buffer<f32>, &'a Buffer<f32>),
     /// `y += W x`; and `y` as the next product reads it.
@@ -38,15 +36,11 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     let matrix = weights.as_ref()?;
     let (kernels, family) = kernels(device, weights, x);
     let is_natural = weights.order() == RowOrder::NATURAL;
-    let chain = match output {
-        Output::SetAfterLayers(_) => Chain::AFTER_LAYERS,
-        _ => Chain::OTHER,
-    };
     let ordered_output = match output {
-        Output::Set(y) | Output::SetAfterLayers(y) if is_natural => {
+        Output::Set(y) if is_natural => {
             aligned("gemv", "y", y, weights.n_rows())?;
-            let (schedule, config) = schedule::<Store>(device, &[weights], family, chain)?;
-            let output = Store { y: y.as_mut_ptr() };
+            let (schedule, config) = schedule::<Store>(device, &[weights], family, Chain::OTHER)?;
+            let output = Store { y: y.as_mut_ptr(), largest: ptr::null_mut() };
             // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
             return unsafe { device.launch(kernels.gemv, config, (matrix, input, schedule, output)) };
         }
@@ -60,7 +54,7 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
             // SAFETY: as above.
             return unsafe { device.launch(kernels.gemv_add, config, (matrix, input, schedule, output)) };
         }
-        Output::Set(y) | Output::SetAfterLayers(y) => {
+        Output::Set(y) => {
             aligned("gemv", "y", y, weights.n_rows())?;
             StoreOrdered { y: y.as_mut_ptr(), bias: ptr::null() }
         }
@@ -77,6 +71,36 @@ pub fn gemv(device: &Device, weights: &Matrix, x: Input, norm: Option<Norm>, out
     let (schedule, config) = schedule::<StoreOrdered>(device, &[weights], Family::Any, Chain::OTHER)?;
     // SAFETY: as above.
     unsafe { device.launch(ordered(x), config, (matrix, input, schedule, ordered_output)) }
+}
+
+/// Logits, `y = W x` with `x` normalised, whose rows are in natural order; with the largest rank of each block's rows in `workspace`,
+/// where there is one that has the room. `after_layers` says that it is directly behind [`layers`](super::layers) of the same token.
+///
+/// # Errors
+/// As [`gemv`]; also when the rows are in another order.
+pub fn gemv_logits(
+    device: &Device,
+    weights: &Matrix,
+    x: Input,
+    norm: Norm,
+    after_layers: bool,
+    y: &mut Buffer<f32>,
+    workspace: Option<&mut SampleWorkspace>,
+) -> Result<Option<Ranks>> {
+    let input = input("gemv_logits", weights, x, Some(norm))?;
+    let (kernels, family) = kernels(device, weights, x);
+    let order = weights.order();
+    ensure!(order == RowOrder::NATURAL, "gemv_logits: the rows must be in natural order, found {order:?}");
+    aligned("gemv_logits", "y", y, weights.n_rows())?;
+    let chain = if after_layers { Chain::AFTER_LAYERS } else { Chain::OTHER };
+    let (schedule, config) = schedule::<Store>(device, &[weights], family, chain)?;
+    let groups =
+        workspace.and_then(|workspace| workspace.bands(schedule.shares[0], weights.strip_shape().quads));
+    let largest = groups.map_or(ptr::null_mut(), |groups| groups.largest);
+    let output = Store { y: y.as_mut_ptr(), largest };
+    // SAFETY: the matrix is whole by construction, the lengths are checked, the schedule is of the grid.
+    unsafe { device.launch(kernels.gemv, config, (weights.as_ref()?, input, schedule, output))? };
+    Ok(groups.map(Ranks::of))
 }
 
 /// The kernels for an input and a matrix: of its own format where there are any that take both. They read operands, and not vectors in

@@ -21,12 +21,12 @@ pub use attention::{
 pub use elementwise::{argmax, embed, make_operand, quantize_q8_1, residual_add, rms_norm, swiglu};
 pub use few::has_few_products;
 pub use gemm::{ManyOutput, Panels, gemm, gemm_qkv, pack_panels};
-pub use gemv::{Output, QkvWeights, gemv, gemv_qkv, gemv_swiglu, pair_order};
+pub use gemv::{Output, QkvWeights, gemv, gemv_logits, gemv_qkv, gemv_swiglu, pair_order};
 pub use kv::{KvCache, KvLayer, KvStage, KvView, QuantizedKvLayer, quantize_kv};
 pub use layers::{LayerWeights, Layers, layers};
 pub use matrix::{Matrix, Packer};
 pub use read::read;
-pub use sample::{SampleWorkspace, sample};
+pub use sample::{Ranks, SampleWorkspace, sample};
 pub use types::{Chunk, Input, Next, Norm, Operand, Q8_1Vector, Rope};
 
 use crate::device::Buffer;

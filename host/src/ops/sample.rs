@@ -1,24 +1,28 @@
-//! The launcher of the choice of a token.
+//! The launchers of the choice of a token.
 
 use super::{aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
+use gpu_kernels::formats::tile::TILE_ROWS;
+use gpu_kernels::gemv::Shares;
 use gpu_kernels::sample::{self as sample_kernel, CHUNK, Groups, MAX_GROUPS, SamplingParameters, WARPS};
 use gpu_kernels::step::Step;
 
 /// Most groups of logits on the CPU: a group takes some time there, however few logits it has.
 const CPU_GROUPS: usize = 128;
 
-/// What blocks that look for the most likely tokens leave for the last of them, and how many there are.
+/// Where the largest rank of each group of logits is left, for the choice of a token.
 #[derive(Debug)]
 pub struct SampleWorkspace {
-    /// Most groups that logits are dealt out in.
+    /// Most groups that logits are dealt out in, where that is not a product's business.
     most_groups: usize,
     /// `[MAX_GROUPS]`.
     largest: Buffer<u64>,
-    /// `[1]`, 0 between launches.
-    n_ended: Buffer<u32>,
 }
+
+/// The largest ranks of some logits in groups, which the launches so far leave in a workspace.
+#[derive(Debug)]
+pub struct Ranks(Groups);
 
 impl SampleWorkspace {
     /// For as many groups of logits as suit the device.
@@ -38,21 +42,62 @@ impl SampleWorkspace {
             (1..=MAX_GROUPS).contains(&most_groups),
             "sample: logits are dealt out in 1 to {MAX_GROUPS} groups, found {most_groups}"
         );
-        Ok(Self { most_groups, largest: device.alloc(MAX_GROUPS)?, n_ended: device.alloc_zeroed(1)? })
+        const { assert!(MAX_GROUPS.is_multiple_of(2)) };
+        Ok(Self { most_groups, largest: device.alloc(MAX_GROUPS)? })
     }
 
-    /// How often a group's size is doubled for `n_vocab` logits, and how many blocks there are.
-    fn deal(&self, n_vocab: usize) -> (u32, usize) {
+    /// Groups of `n_vocab` logits, as few as may be and as suit a warp.
+    fn deal(&mut self, n_vocab: usize) -> Groups {
         let mut shift = 0;
         while n_vocab.div_ceil(CHUNK << shift) > self.most_groups {
             shift += 1;
         }
-        (shift, n_vocab.div_ceil(CHUNK << shift).div_ceil(WARPS))
+        let quads = ((CHUNK / TILE_ROWS) << shift) as u32;
+        let n = n_vocab.div_ceil(CHUNK << shift) as u32;
+        Groups { largest: self.largest.as_mut_ptr(), n, quads, n_with_more: 0, more: 0, shift }
     }
+
+    /// The bands of a product's blocks, whose strips have so many quads, as groups; `None` where they are too many.
+    pub(super) fn bands(&mut self, shares: Shares, strip_quads: u32) -> Option<Groups> {
+        let Shares { blocks, strips, blocks_with_more } = shares;
+        let largest = self.largest.as_mut_ptr();
+        let groups = Groups {
+            largest,
+            n: blocks,
+            quads: strips * strip_quads,
+            n_with_more: blocks_with_more,
+            more: strip_quads,
+            shift: 0,
+        };
+        (blocks as usize <= MAX_GROUPS).then_some(groups)
+    }
+}
+
+impl Ranks {
+    /// Those of groups whose largest ranks a launch leaves.
+    pub(super) fn of(groups: Groups) -> Self {
+        Self(groups)
+    }
+}
+
+/// The largest ranks of `n_vocab` logits, dealt out in groups.
+fn rank_groups(
+    device: &Device,
+    logits: &Buffer<f32>,
+    n_vocab: usize,
+    workspace: &mut SampleWorkspace,
+) -> Result<Ranks> {
+    let groups = workspace.deal(n_vocab);
+    let config = launch_1d((groups.n as usize).div_ceil(WARPS), sample_kernel::BLOCK_DIM)?;
+    // SAFETY: the caller has checked the logits, and the workspace has room for the groups of any vocabulary.
+    unsafe { device.launch(&sample_kernel::RANK_GROUPS, config, (logits.as_ptr(), dim(n_vocab)?, groups))? };
+    Ok(Ranks(groups))
 }
 
 /// Chooses a token by its logit, `n_vocab` of them, into one of `n_places` places of `chosen`, number `position %
 /// n_places`, and makes it the step's at the next position.
+///
+/// `ranks` are those of these logits where whoever made them has left some, in the workspace.
 ///
 /// Where no logit is a number above -inf it chooses [`NO_TOKEN`](sample_kernel::NO_TOKEN), and the step's token is 0.
 ///
@@ -66,6 +111,7 @@ pub fn sample(
     n_vocab: usize,
     parameters: &Buffer<SamplingParameters>,
     workspace: &mut SampleWorkspace,
+    ranks: Option<Ranks>,
     step: &mut Buffer<Step>,
     chosen: &mut Buffer<u32>,
     n_places: usize,
@@ -80,9 +126,10 @@ pub fn sample(
     at_least("sample", "parameters", parameters, 1)?;
     at_least("sample", "step", step, 1)?;
     at_least("sample", "chosen", chosen, n_places)?;
-    let (shift, n_blocks) = workspace.deal(n_vocab);
-    let groups =
-        Groups { largest: workspace.largest.as_mut_ptr(), n_ended: workspace.n_ended.as_mut_ptr(), shift };
+    let Ranks(groups) = match ranks {
+        Some(ranks) => ranks,
+        None => rank_groups(device, logits, n_vocab, workspace)?,
+    };
     let arguments = (
         logits.as_ptr(),
         dim(n_vocab)?,
@@ -92,8 +139,6 @@ pub fn sample(
         chosen.as_mut_ptr(),
         dim(n_places)?,
     );
-    // SAFETY: the lengths are checked, and the workspace has room for the groups of any vocabulary.
-    unsafe {
-        device.launch(&sample_kernel::SAMPLE, launch_1d(n_blocks, sample_kernel::BLOCK_DIM)?, arguments)
-    }
+    // SAFETY: the lengths are checked, and the groups' ranks have been left.
+    unsafe { device.launch(&sample_kernel::SAMPLE, launch_1d(1, sample_kernel::BLOCK_DIM)?, arguments) }
 }
