@@ -173,6 +173,30 @@ pub unsafe fn store_release_u32(pointer: *mut u32, value: u32) {
     }
 }
 
+/// Sets `*pointer` to `value`, in memory that the host watches meanwhile: it sees the whole value soon, and nothing of what else the
+/// thread has written until the kernel has ended.
+///
+/// # Safety
+/// `pointer` is to device memory or to the host's that kernels write to, aligned to four bytes.
+#[inline(always)]
+pub unsafe fn store_for_host_u32(pointer: *mut u32, value: u32) {
+    cfg_select! {
+        target_arch = "nvptx64" => {
+            // SAFETY: the caller vouches for the memory.
+            unsafe {
+                core::arch::asm!(
+                    "st.relaxed.sys.global.u32 [{pointer}], {value};",
+                    pointer = in(reg64) pointer,
+                    value = in(reg32) value,
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+        // SAFETY: the caller vouches for the memory.
+        _ => unsafe { AtomicU32::from_ptr(pointer) }.store(value, Ordering::Relaxed),
+    }
+}
+
 /// Orders this thread's memory accesses before the fence and those after it, for all threads of the GPU.
 #[inline(always)]
 pub fn thread_fence() {

@@ -8,7 +8,7 @@ use crate::gemv::MatrixRef;
 use crate::operand::{Operand, octet_of};
 use crate::rope::angle;
 use crate::step::Step;
-use cuda_std::grid::let_next_start;
+use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::thread::{block_idx_x, block_idx_y, index_1d, thread_idx_x};
 use cuda_std::{kernel, shared_array};
 
@@ -34,7 +34,7 @@ pub const BLOCK_DIM: usize = 64;
 /// A row of the grid per token; in it one thread per unit of 32 columns, and one per pair; blocks of whole warps, rows that
 /// cover both.
 #[allow(clippy::too_many_arguments, reason = "each is one thing")]
-#[kernel]
+#[kernel(overlapping)]
 pub unsafe fn embed(
     weights: MatrixRef,
     steps: *const Step,
@@ -49,6 +49,7 @@ pub unsafe fn embed(
 ) {
     let scratch = shared_array!(EMBED_SUMS: [f32; 32]);
     let_next_start();
+    wait_for_previous();
     let (index, n_embd) = (index_1d() as usize, n_embd as usize);
     let number = block_idx_y() as usize;
     // SAFETY: the caller vouches for the steps; each thread writes its own pair.

@@ -1,10 +1,12 @@
 //! Choosing a token, against a choice worked out in f64.
 
+use super::formats::random_blocks;
 use super::{Random, devices};
+use gpu_kernels::formats::Format;
 use gpu_kernels::sample::{CHUNK, MAX_GROUPS, MAX_VOCAB, NO_TOKEN, SamplingParameters, WARPS};
 use gpu_kernels::step::Step;
 use host::device::{Buffer, Device};
-use host::ops::{self, SampleWorkspace};
+use host::ops::{self, Input, Matrix, Next, Norm, Operand, SampleWorkspace};
 use host::sampling::SamplingOptions;
 
 /// A device that chooses from the same logits again and again, dealt out in several ways.
@@ -377,7 +379,8 @@ fn senseless_vocabularies_are_refused() {
     ] {
         let Chooser { device, logits, parameters, workspaces, step, chosen, .. } = &mut chooser;
         let workspace = &mut workspaces[0];
-        let error = ops::sample(device, logits, n_vocab, parameters, workspace, None, step, chosen, 1).unwrap_err();
+        let error =
+            ops::sample(device, logits, n_vocab, parameters, workspace, None, step, chosen, 1).unwrap_err();
         let error = error.to_string();
         assert!(error.contains(part), "{error}");
     }
@@ -452,6 +455,54 @@ fn a_workspace_serves_any_vocabulary() {
                     assert_eq!(chooser.at_with(position, 3), expected, "{n} tokens, {options:?}");
                 }
                 workspace = chooser.workspaces.pop().unwrap();
+            }
+        }
+    }
+}
+
+/// A product leaves the largest ranks of its blocks' rows: the choice by these is the same as by ranks of groups.
+#[test]
+fn choices_by_the_ranks_that_a_product_leaves_are_the_same() {
+    const N_COLS: usize = 64;
+    for device in devices() {
+        for (format, is_exact) in [(Format::F32, true), (Format::Q8_0, false), (Format::Q8_0, true)] {
+            for n_vocab in [1, 3, 4, 37, 130, 1025, 20_000] {
+                let mut random = Random::new(n_vocab as u64);
+                let mut blocks = random_blocks(format, n_vocab, N_COLS, &mut random);
+                if format == Format::F32 {
+                    // Not numbers, among them the first and the last one where there are others.
+                    for row in [0, n_vocab / 2, n_vocab - 1].into_iter().filter(|_| n_vocab > 3) {
+                        blocks[4 * N_COLS * row..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+                    }
+                }
+                let matrix = Matrix::upload(device, format, n_vocab, N_COLS, &blocks).unwrap();
+                let x = device.alloc_from(&random.vector(N_COLS)).unwrap();
+                let gamma = device.alloc_from(&[1.0f32; N_COLS]).unwrap();
+                let mut operand = Operand::alloc(device, N_COLS, is_exact).unwrap();
+                ops::make_operand(device, &x, Next { operand: &mut operand, gamma: Some(&gamma) }).unwrap();
+                let norm = Norm { gamma: &gamma, eps: 1e-6 };
+                let options =
+                    [options(0.0, 0, 1.0), options(0.7, 1, 1.0), options(2.0, 40, 0.9), options(1.0, 0, 0.8)];
+                for options in options {
+                    let mut chooser = Chooser::new(device, &vec![0.0; n_vocab], options);
+                    for position in 0..3 {
+                        let Chooser { logits, parameters, workspaces, step, chosen, .. } = &mut chooser;
+                        let input =
+                            if is_exact { Input::F32(&x, Some(&operand)) } else { Input::Operand(&operand) };
+                        let workspace = &mut workspaces[0];
+                        let ranks =
+                            ops::gemv_logits(device, &matrix, input, norm, false, logits, Some(workspace))
+                                .unwrap();
+                        assert!(ranks.is_some(), "{n_vocab} tokens");
+                        device.upload(step, &[Step { token: 0, position }]).unwrap();
+                        ops::sample(device, logits, n_vocab, parameters, workspace, ranks, step, chosen, 1)
+                            .unwrap();
+                        let found = device.to_vec(chosen).unwrap()[0];
+                        let what =
+                            format!("{n_vocab} tokens in {format:?}, {options:?}, {}", device.describe());
+                        assert_eq!(found, chooser.at(position), "{what}");
+                    }
+                }
             }
         }
     }

@@ -11,6 +11,7 @@ use half::f16;
 use host::device::{Device, DeviceChoice};
 use host::model::{Activations, Buffers, KvFormat, Op, together};
 use host::ops::{self, KvCache, Next};
+use host::sampling::SamplingOptions;
 
 /// Fewer quads than warps, as few units as can be, and more than a tile of them.
 const SMALL: Shape = Shape { what: "llama in Q4_1", n_ff: 1184, format: |_, _| Format::Q4_1, ..LLAMA };
@@ -143,6 +144,47 @@ fn all_layers_with_long_heads_are_near_f64() {
 fn sessions_are_near_f64_whichever_way_they_go() {
     for device in devices() {
         check_logits(device, &MadeUp::new(&SMALL));
+    }
+}
+
+/// Tokens that the device chooses are the same, whether it runs one step or several ahead, and whatever was under way before.
+#[test]
+fn tokens_are_the_same_however_far_ahead_the_device_is() {
+    const N: usize = 40;
+    const PROMPT: [u32; 3] = [5, 1, 7];
+    for shape in [&SMALL, &LLAMA] {
+        let made_up = MadeUp::new(shape);
+        for device in devices() {
+            let model = load(device, &made_up, Activations::Q8_1);
+            let mut session = model.session().unwrap();
+            let options = SamplingOptions { temp: 1.5, top_k: 0, top_p: 1.0, seed: 3 };
+            session.set_sampling(&options).unwrap();
+            let end = PROMPT.len() + N - 1;
+            // One by one: each choice is waited for before its token is fed.
+            session.feed(&PROMPT).unwrap();
+            let mut expected = Vec::new();
+            for known in PROMPT.len()..=end {
+                session.choose().unwrap();
+                expected.push(session.next_chosen().unwrap());
+                if known < end {
+                    session.feed(&expected[expected.len() - 1..]).unwrap();
+                }
+            }
+            assert!(expected.iter().any(|token| *token != expected[0]), "{expected:?}");
+            for n_read in [2, 11, N, N] {
+                session.truncate(0);
+                session.feed(&PROMPT).unwrap();
+                session.choose().unwrap();
+                let mut found = Vec::new();
+                for known in PROMPT.len()..PROMPT.len() + n_read {
+                    session.run_ahead(known, end).unwrap();
+                    found.push(session.next_chosen().unwrap());
+                }
+                assert!(session.position() <= end, "{} tokens were fed, not {end}", session.position());
+                assert_eq!(found, expected[..n_read], "{}, {}", shape.what, device.describe());
+            }
+            assert_eq!(session.next_chosen().unwrap_err().to_string(), "no token is outstanding");
+        }
     }
 }
 

@@ -226,6 +226,7 @@ forward! {
     fn cuStreamEndCapture(h_stream: CUstream, ph_graph: *mut CUgraph);
     fn cuStreamGetFlags(h_stream: CUstream, flags: *mut c_uint);
     fn cuStreamGetPriority(h_stream: CUstream, priority: *mut c_int);
+    fn cuStreamQuery(h_stream: CUstream);
     fn cuStreamSynchronize(h_stream: CUstream);
     fn cuStreamWaitEvent(h_stream: CUstream, h_event: CUevent, flags: c_uint);
     fn cuSurfObjectCreate(p_surf_object: *mut CUsurfObject, p_res_desc: *const CUDA_RESOURCE_DESC);

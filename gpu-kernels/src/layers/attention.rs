@@ -7,7 +7,6 @@ use super::walk::Walk;
 use crate::activations::OCTET;
 use crate::attention::LOWEST;
 use crate::kv_cache::{HalfKv, KvCodec, KvRef};
-use core::f32::consts::LOG2_E;
 use core::mem::offset_of;
 use cuda_std::codegen::settled;
 use cuda_std::float::{exp2, from_order_key, max, mul_add, order_key, rcp};
@@ -89,7 +88,7 @@ impl Walk {
     /// The arguments are as their fields say; the cache is written at the positions before.
     #[inline(always)]
     pub(super) unsafe fn attend<const LANES: u32>(self, layer: u32, position: u32, at_hand: First) {
-        let Shape { head_dim, scale, .. } = self.a.shape;
+        let head_dim = self.a.shape.head_dim;
         let Layout { qkv, heads, group_weights, group_values, .. } = self.a.layout;
         let floats = self.floats();
         let stride = Layout::values_stride(&self.a.shape);
@@ -97,16 +96,14 @@ impl Walk {
         let n_quads = settled(head_dim / 4);
         let per_warp = WARP_SIZE / LANES;
         let eight = |at: u32| -> [f32; OCTET] {
-            // Lanes beyond the head read the first dimensions, and meet a query of zeros.
+            // Lanes beyond the head read the first dimensions, and count for nothing.
             let at = (at + if seat.has_dims { seat.first_dim } else { 0 }) as usize;
             let ([a, b, c, d], [e, f, g, h]) = (floats.get4(at), floats.get4(at + 4));
             [a, b, c, d, e, f, g, h]
         };
         self.receive(self.qkv(), layer);
         if self.warp < WARPS {
-            // Weights are powers of 2: the scores' factor turns e^x into 2^x.
-            let factor = if seat.has_dims { scale * LOG2_E } else { 0.0 };
-            let q = eight(qkv).map(|value| value * factor);
+            let q = eight(qkv);
             let (mut largest, mut sum, mut value) = (LOWEST, 0.0f32, [0.0f32; OCTET]);
             let mut first = self.warp * per_warp;
             let [mut keys, mut values] = at_hand.fetched;
@@ -127,7 +124,8 @@ impl Walk {
                 for d in 0..OCTET {
                     score[d % 2] = mul_add(q[d], key[d], score[d % 2]);
                 }
-                let [score] = warp_reduce_add_n(FULL_MASK, [score[0] + score[1]], LANES);
+                let score = if seat.has_dims { score[0] + score[1] } else { 0.0 };
+                let [score] = warp_reduce_add_n(FULL_MASK, [score], LANES);
                 let score = if own <= position { score } else { f32::NEG_INFINITY };
                 let new = max(largest, score);
                 let (correction, weight) = (exp2(largest - new), exp2(score - new));

@@ -7,6 +7,7 @@ use super::{BLOCK_DIM, BLOCKS, GATE_UP, QKV};
 use crate::formats::tile::TILE_ROWS;
 use crate::math::silu;
 use crate::rope::rotate;
+use core::f32::consts::LOG2_E;
 use core::mem::offset_of;
 use cuda_std::float::{f16_to_f32, f32_to_f16};
 use cuda_std::warp::{FULL_MASK, WARP_SIZE, warp_shuffle_xor_n};
@@ -22,9 +23,10 @@ impl Walk {
         }
     }
 
-    /// Leaves where the rows of the block's quads of queries, keys and values belong, and how they are rotated. A quad is one thread's.
+    /// Leaves where the rows of the block's quads of queries, keys and values belong, and how they are rotated and scaled. A quad is one
+    /// thread's.
     pub(super) fn place_rows(self, position: u32) {
-        let Shape { heads_per_kv, head_dim, n_ctx, n_rot, pair_distance, .. } = self.a.shape;
+        let Shape { heads_per_kv, head_dim, n_ctx, n_rot, pair_distance, scale, .. } = self.a.shape;
         let (product, n_q, n_kv) = (self.a.layout.products[QKV], self.a.shape.n_q(), self.a.shape.n_kv());
         let mut own = self.warp * WARP_SIZE + self.lane;
         while own < product.quads_of(self.rank) {
@@ -45,6 +47,9 @@ impl Walk {
             } else {
                 [[1.0, 0.0]; 2]
             };
+            // Weights are powers of 2: the scores' factor, which queries bring, turns e^x into 2^x.
+            let factor = if part == 0 { scale * LOG2_E } else { 1.0 };
+            let [c0, s0, c1, s1] = [c0, s0, c1, s1].map(|value| value * factor);
             // In the head the quad's values lie side by side, or the second ones of its pairs so far from the first ones.
             let is_apart = is_rotated && pair_distance > 1;
             let (place, apart) = if is_apart { (place / 2, pair_distance) } else { (place, 0) };

@@ -16,7 +16,6 @@ mod groups;
 mod likelihood;
 mod selection;
 
-
 pub(crate) use groups::warp_largest;
 pub use groups::{CHUNK, Groups, MAX_GROUPS};
 pub(crate) use likelihood::Best;
@@ -24,6 +23,7 @@ pub(crate) use likelihood::Best;
 use crate::step::Step;
 use bytemuck::{Pod, Zeroable};
 use core::f32::consts::LOG2_E;
+use cuda_std::atomic::store_for_host_u32;
 use cuda_std::grid::{let_next_start, wait_for_previous};
 use cuda_std::memory::ld_global_u32x4;
 use cuda_std::thread::{block_idx_x, sync_threads, thread_idx_x};
@@ -118,7 +118,7 @@ pub unsafe fn rank_groups(logits: *const f32, n_vocab: u32, groups: Groups) {
 /// - `logits`: `[n_vocab]`, in a buffer of at least four values, at a multiple of 16 bytes
 /// - `parameters`: `[1]`
 /// - `groups`: how the logits are dealt out, with the largest rank of each
-/// - `chosen`: `[n_places]`, which may lie in host memory that the device writes to
+/// - `chosen`: `[n_places]`, which may lie in host memory that the host watches meanwhile
 /// - `step`: `[1]`; its position is that of the token whose logits these are
 ///
 /// # Thread mapping
@@ -195,7 +195,7 @@ pub unsafe fn sample(
         let next = if token == NO_TOKEN { 0 } else { token };
         // SAFETY: one element each, written by one thread.
         unsafe {
-            *chosen.add((position % n_places) as usize) = token;
+            store_for_host_u32(chosen.add((position % n_places) as usize), token);
             *step = Step { token: next, position: position + 1 };
         }
     };

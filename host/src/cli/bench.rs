@@ -110,17 +110,13 @@ fn prefill(session: &mut Session, tokens: &[u32]) -> Result<()> {
 }
 
 /// Generates as many tokens as there are, each chosen on the device and fed from there, and waits for each; the device
-/// works on the next one meanwhile, as in a generation.
+/// works on those after it meanwhile, as in a generation.
 fn decode(session: &mut Session, tokens: &[u32]) -> Result<()> {
+    let start = session.position();
     session.feed(&tokens[..1])?;
-    session.sample()?;
-    for i in 1..tokens.len() {
-        session.advance()?;
-        if i > 1 {
-            session.next_chosen()?;
-        }
-    }
-    if tokens.len() > 1 {
+    session.choose()?;
+    for known in 1..=tokens.len() {
+        session.run_ahead(start + known, start + tokens.len())?;
         session.next_chosen()?;
     }
     Ok(())

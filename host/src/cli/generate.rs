@@ -10,9 +10,6 @@ use host::tokenizer::{Tokenizer, Utf8Stream};
 use super::args::SamplingArgs;
 use super::status;
 
-/// Steps that the device is ahead of what is shown.
-const AHEAD: usize = 1;
-
 /// A model, its tokenizer, and the tokens that are in the KV cache.
 pub(super) struct Generator<'m> {
     session: Session<'m>,
@@ -103,7 +100,11 @@ impl<'m> Generator<'m> {
         }
 
         let mut utf8 = Utf8Stream::new();
-        let mut token = self.session.sample()?; // waits for the prompt
+        // The last token that is wanted is not fed.
+        let end = limit.map_or(self.n_ctx, |limit| self.n_ctx.min(prompt.len() + (limit - 1)));
+        self.session.choose()?;
+        self.session.run_ahead(self.cached.len(), end)?;
+        let mut token = self.session.next_chosen()?; // waits for the prompt
         generated.prompt_time = start.elapsed();
         let start = Instant::now();
         let mut n_generated = 0;
@@ -124,12 +125,9 @@ impl<'m> Generator<'m> {
             if interrupted() {
                 break Stop::Interrupted;
             }
-            // The device stays a step ahead: while it works on the token after this one, this one is shown.
+            // The device stays ahead: while it works on the tokens after this one, this one is shown.
             self.cached.push(token);
-            while self.session.position() < self.cached.len() + AHEAD && self.session.position() < self.n_ctx
-            {
-                self.session.advance()?;
-            }
+            self.session.run_ahead(self.cached.len(), end)?;
             token = self.session.next_chosen()?;
             generated.n_decoded += 1;
         };

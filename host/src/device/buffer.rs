@@ -91,7 +91,7 @@ impl<T: Pod> HostBuffer<T> {
         Self(Buffer::new(memory, len))
     }
 
-    /// Value `index`. What a kernel writes is there once its [`Signal`](super::Signal) has been waited for.
+    /// Value `index`. What a kernel writes is there some time before the kernel has ended ([`Device::wait_for`](super::Device::wait_for)).
     ///
     /// # Panics
     /// When there is no such value.
@@ -99,6 +99,16 @@ impl<T: Pod> HostBuffer<T> {
         assert!(index < self.0.len, "value {index} of a buffer of {}", self.0.len);
         // SAFETY: inside the memory, which the host can read; volatile, since a GPU may have written meanwhile.
         unsafe { self.0.as_ptr().add(index).read_volatile() }
+    }
+
+    /// Sets value `index`, which no kernel under way writes.
+    ///
+    /// # Panics
+    /// When there is no such value.
+    pub fn set(&mut self, index: usize, value: T) {
+        assert!(index < self.0.len, "value {index} of a buffer of {}", self.0.len);
+        // SAFETY: inside the memory, which the host can write; volatile, since a GPU will look at it.
+        unsafe { self.0.as_mut_ptr().add(index).write_volatile(value) };
     }
 
     /// The buffer as kernels take it.

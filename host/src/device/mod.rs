@@ -39,9 +39,6 @@ pub struct Device(Kind);
 /// A sequence of launches with their arguments, recorded by [`Device::record`]: a CUDA graph.
 pub struct Recording(CudaGraph);
 
-/// A point in the work that was issued, to be waited for ([`Device::signal`]).
-pub struct Signal(Option<cust::event::Event>);
-
 /// A point in the work that was issued, to be timed from or to ([`Device::mark`]).
 pub struct Mark(MarkKind);
 
@@ -233,25 +230,36 @@ impl Device {
         Ok(HostBuffer::new(memory, len))
     }
 
-    /// Marks what was issued so far, without waiting for it.
+    /// Waits until a kernel that was issued has written something else than `pending` as value `index` of the buffer, and for nothing
+    /// after it.
     ///
     /// # Errors
-    /// When the device refuses.
-    pub fn signal(&self) -> Result<Signal> {
-        match &self.0 {
-            Kind::Cuda(device) => Ok(Signal(Some(device.signal()?))),
-            Kind::Cpu(_) => Ok(Signal(None)),
-        }
-    }
-
-    /// Waits for what was issued before the signal, and for nothing after it.
+    /// When a kernel failed, or all have ended and none has written the value.
     ///
-    /// # Errors
-    /// When a kernel before it failed.
-    pub fn wait(&self, signal: &Signal) -> Result<()> {
-        match (&self.0, &signal.0) {
-            (Kind::Cuda(device), Some(event)) => device.wait(event),
-            _ => Ok(()),
+    /// # Panics
+    /// When there is no such value.
+    pub fn wait_for<T: Pod + PartialEq>(
+        &self,
+        buffer: &HostBuffer<T>,
+        index: usize,
+        pending: T,
+    ) -> Result<T> {
+        /// Looks at the value between two at the device: as many take some microseconds.
+        const LOOKS: usize = 1000;
+        loop {
+            // Whoever has ended by now has written before the looks that follow.
+            let has_ended = match &self.0 {
+                Kind::Cuda(device) => device.has_ended()?,
+                Kind::Cpu(_) => true,
+            };
+            for _ in 0..LOOKS {
+                let value = buffer.get(index);
+                if value != pending {
+                    return Ok(value);
+                }
+                std::hint::spin_loop();
+            }
+            ensure!(!has_ended, "no kernel has written value {index} that was waited for");
         }
     }
 

@@ -6,17 +6,25 @@ use super::forward::{Buffers, Logits, Tokens, forward, has_few_products, logits_
 use super::trace::{Halt, Op, Point, Probe};
 use super::weights::GateUp;
 use super::{Fusion, Model, weights};
-use crate::device::{Buffer, HostBuffer, Recording, Signal};
+use crate::device::{Buffer, HostBuffer, Recording};
 use crate::ops::{self, AttentionWorkspace, CONTEXT_KINDS, Chunk, KvCache, Layers, SampleWorkspace};
 use crate::sampling::SamplingOptions;
 use anyhow::{Context as _, Result, bail, ensure};
-use gpu_kernels::sample::{NO_TOKEN, SamplingParameters};
+use gpu_kernels::sample::{MAX_VOCAB, NO_TOKEN, SamplingParameters};
 use gpu_kernels::step::Step;
-use std::collections::VecDeque;
 use std::ops::Range;
 
 /// Steps that the device can be ahead of the host.
 pub const MAX_AHEAD: usize = 16;
+/// Steps that it is at least, once somebody generates.
+const AHEAD: usize = 1;
+/// Steps that are replayed as one launch where tokens go through all layers in one: a launch's start is 1% of such a step.
+const STEPS_AT_ONCE: usize = 8;
+const _: () = assert!(AHEAD + STEPS_AT_ONCE <= MAX_AHEAD);
+
+/// What stands for a token that is still to be chosen.
+const PENDING: u32 = NO_TOKEN - 1;
+const _: () = assert!(PENDING as usize >= MAX_VOCAB);
 
 /// Fewest tokens that go through the model at once on tensor cores: fewer are sooner done one after the other.
 const MIN_CHUNK: usize = 4;
@@ -36,6 +44,8 @@ pub struct Session<'m> {
     model: &'m Model,
     /// The launches of each kind of step, for each way ([`Session::way`]). Declared, and so dropped, before the buffers they use.
     steps: [[RecordedStep; 3]; WAYS],
+    /// [`STEPS_AT_ONCE`] steps through all layers in one launch, each with the choice of the next token.
+    several: Option<Recording>,
     /// All layers in one launch, where the model and the device allow for it.
     together: Option<Layers>,
     /// Whether steps that are watched go that way as well.
@@ -58,8 +68,10 @@ pub struct Session<'m> {
     sampling: Buffer<SamplingParameters>,
     sample_workspace: SampleWorkspace,
     chosen: HostBuffer<u32>,
-    /// Ends of the steps that are under way, oldest first.
-    ahead: VecDeque<Signal>,
+    /// How many of these nobody has asked for yet.
+    n_ahead: usize,
+    /// Whether steps may be under way whose tokens nobody will ask for.
+    has_strays: bool,
     /// Whether the step in device memory is the token that was chosen last, to be fed next.
     has_chosen: bool,
     /// Tokens in the cache.
@@ -143,6 +155,7 @@ impl<'m> Session<'m> {
         Ok(Self {
             model,
             steps: [const { [const { RecordedStep::Fresh }; 3] }; WAYS],
+            several: None,
             together,
             watches_together: false,
             buffers: Buffers::alloc(device, config, &model.settings)?,
@@ -155,7 +168,8 @@ impl<'m> Session<'m> {
             sampling: device.alloc_from(&[SamplingOptions::default().parameters()])?,
             sample_workspace: SampleWorkspace::alloc(device)?,
             chosen: device.alloc_host(MAX_AHEAD)?,
-            ahead: VecDeque::new(),
+            n_ahead: 0,
+            has_strays: false,
             has_chosen: false,
             position: 0,
             has_logits: false,
@@ -174,7 +188,7 @@ impl<'m> Session<'m> {
             self.has_logits = false;
             self.has_chosen = false;
             // Steps under way write to positions that count as free again, before anything that is issued later.
-            self.ahead.clear();
+            self.forget_ahead();
         }
     }
 
@@ -191,7 +205,7 @@ impl<'m> Session<'m> {
         for (i, cache) in self.caches.iter_mut().enumerate() {
             cache.fill_with_noise(&self.model.device, i as u32)?;
         }
-        self.ahead.clear();
+        self.forget_ahead();
         self.position = n;
         self.has_logits = false;
         self.has_chosen = false;
@@ -275,8 +289,8 @@ impl<'m> Session<'m> {
     /// Runs tokens at once, at least `min_chunk` and at most the model's `n_batch`.
     fn feed_chunk(&mut self, tokens: &[u32], with_logits: bool) -> Result<()> {
         let Model { device, settings, weights, .. } = self.model;
+        self.forget_ahead();
         let many = self.many.as_mut().context("the session takes one token at a time")?;
-        self.ahead.clear();
         self.has_chosen = false;
         self.has_logits = false;
         let position = self.position;
@@ -348,24 +362,26 @@ impl<'m> Session<'m> {
         self.model.device.upload(&mut self.sampling, &[options.parameters()])
     }
 
-    /// The next token, chosen on the device. Waits for it. Asked again at the same position it is the same.
+    /// Chooses the next token on the device, without waiting: [`next_chosen`](Self::next_chosen) gives it. Asked again at the same
+    /// position it is the same.
     ///
     /// # Errors
-    /// As [`logits`](Self::logits); also when no logit is a number above -inf.
-    pub fn sample(&mut self) -> Result<u32> {
+    /// When no token was fed since the session began or was truncated, or the device fails.
+    pub fn choose(&mut self) -> Result<()> {
         ensure!(self.has_logits, "there are no logits: no token was fed");
-        self.ahead.clear();
-        let device = &self.model.device;
+        self.forget_ahead();
         // Choosing advances the step.
-        let step = Step { token: 0, position: self.position as u32 - 1 };
-        device.upload(&mut self.buffers.steps, &[step])?;
+        let position = self.position - 1;
+        let device = &self.model.device;
+        device.upload(&mut self.buffers.steps, &[Step { token: 0, position: position as u32 }])?;
+        self.await_choice(position)?;
         let (logits, n_vocab) = (&self.logits, self.model.config.n_vocab);
         let (workspace, step) = (&mut self.sample_workspace, &mut self.buffers.steps);
         let chosen = self.chosen.as_buffer();
         ops::sample(device, logits, n_vocab, &self.sampling, workspace, None, step, chosen, MAX_AHEAD)?;
         self.has_chosen = true;
-        self.ahead.push_back(device.signal()?);
-        self.next_chosen()
+        self.n_ahead = 1;
+        Ok(())
     }
 
     /// Feeds the token that was chosen last and chooses the next one, without waiting: neither passes through the host.
@@ -375,12 +391,27 @@ impl<'m> Session<'m> {
     /// When no token was chosen since something else was fed, the context has no room, as many as allowed are
     /// outstanding, or the device fails.
     pub fn advance(&mut self) -> Result<()> {
-        ensure!(self.has_chosen, "no token was chosen that could be fed");
-        ensure!(self.position < self.model.n_ctx, "the context of {} tokens is full", self.model.n_ctx);
-        ensure!(self.ahead.len() < MAX_AHEAD, "{MAX_AHEAD} steps are under way already");
+        self.check_advance(1)?;
+        self.await_choice(self.position)?;
         self.step(Kind::Choice)?;
         self.has_chosen = true;
-        self.ahead.push_back(self.model.device.signal()?);
+        self.n_ahead += 1;
+        Ok(())
+    }
+
+    /// Keeps the device ahead of a host that knows the first `known` tokens of the cache: has it feed what it chooses as
+    /// [`advance`](Self::advance) does, several tokens at once where that is faster, but none at position `end` or beyond.
+    ///
+    /// # Errors
+    /// As [`advance`](Self::advance).
+    pub fn run_ahead(&mut self, known: usize, end: usize) -> Result<()> {
+        while self.position < end.min(known + AHEAD) {
+            if self.position + STEPS_AT_ONCE <= end && self.has_several()? {
+                self.advance_several()?;
+            } else {
+                self.advance()?;
+            }
+        }
         Ok(())
     }
 
@@ -389,12 +420,73 @@ impl<'m> Session<'m> {
     /// # Errors
     /// When there is none, no logit was a number above -inf, or the device failed.
     pub fn next_chosen(&mut self) -> Result<u32> {
-        let position = self.position.checked_sub(self.ahead.len()).context("no token is outstanding")?;
-        let signal = self.ahead.pop_front().context("no token is outstanding")?;
-        self.model.device.wait(&signal)?;
-        let token = self.chosen.get(position % MAX_AHEAD);
+        ensure!(self.n_ahead > 0, "no token is outstanding");
+        let position = self.position - self.n_ahead;
+        let token = self.model.device.wait_for(&self.chosen, position % MAX_AHEAD, PENDING)?;
+        self.n_ahead -= 1;
         ensure!(token != NO_TOKEN, "the model gave no usable logits: all are NaN or -inf");
         Ok(token)
+    }
+
+    /// Refuses to feed `n` tokens that the device chooses.
+    fn check_advance(&self, n: usize) -> Result<()> {
+        let n_ctx = self.model.n_ctx;
+        ensure!(self.has_chosen, "no token was chosen that could be fed");
+        ensure!(self.position + n <= n_ctx, "the context of {n_ctx} tokens is full");
+        ensure!(self.n_ahead + n <= MAX_AHEAD, "{} steps are under way already", self.n_ahead);
+        Ok(())
+    }
+
+    /// Makes the token that will be chosen after the one at `position` a pending one.
+    fn await_choice(&mut self, position: usize) -> Result<()> {
+        if self.has_strays {
+            // One of them might still leave its token there.
+            self.model.device.synchronize()?;
+            self.has_strays = false;
+        }
+        self.chosen.set(position % MAX_AHEAD, PENDING);
+        Ok(())
+    }
+
+    /// Nobody will ask for tokens that are outstanding.
+    fn forget_ahead(&mut self) {
+        self.has_strays |= self.n_ahead > 0;
+        self.n_ahead = 0;
+    }
+
+    /// Whether the next steps can be replayed as one launch, which is recorded when it is first asked for.
+    fn has_several(&mut self) -> Result<bool> {
+        let is_together = self.together.is_some() && self.position + STEPS_AT_ONCE <= MOST_TOGETHER;
+        if is_together && self.several.is_none() && !matches!(self.together_choice(), RecordedStep::Fresh) {
+            let device = &self.model.device;
+            let issue = || (0..STEPS_AT_ONCE).try_for_each(|_| self.issue(Kind::Choice, Probe::default()));
+            // SAFETY: as in `run`.
+            self.several = match unsafe { device.record(issue) } {
+                Ok(recording) => recording,
+                Err(Halt::Error(error)) => return Err(error),
+                Err(Halt::At(_)) => unreachable!("no probe is set"),
+            };
+        }
+        Ok(is_together && self.several.is_some())
+    }
+
+    /// [`advance`](Self::advance), as often as is replayed at once.
+    fn advance_several(&mut self) -> Result<()> {
+        self.check_advance(STEPS_AT_ONCE)?;
+        for position in self.position..self.position + STEPS_AT_ONCE {
+            self.await_choice(position)?;
+        }
+        let several = self.several.as_ref().context("no steps were recorded")?;
+        self.model.device.replay(several)?;
+        self.position += STEPS_AT_ONCE;
+        self.n_ahead += STEPS_AT_ONCE;
+        self.has_logits = true;
+        Ok(())
+    }
+
+    /// How far recording a step through all layers in one launch, with the choice of the next token, has come.
+    fn together_choice(&self) -> &RecordedStep {
+        &self.steps[Way::Together.number()][Kind::Choice as usize]
     }
 
     /// Whether `tokens` can be fed.
@@ -417,7 +509,7 @@ impl<'m> Session<'m> {
 
     /// Makes a token the one to be fed next.
     fn place(&mut self, token: u32) -> Result<()> {
-        self.ahead.clear();
+        self.forget_ahead();
         self.has_chosen = false;
         let step = Step { token, position: self.position as u32 };
         self.model.device.upload(&mut self.buffers.steps, &[step])
@@ -490,12 +582,23 @@ impl<'m> Session<'m> {
         b.attention.suit(self.position + 1);
         let workspace = (kind == Kind::Choice).then_some(&mut self.sample_workspace);
         let logits = (kind != Kind::Prompt).then_some(Logits { to: &mut self.logits, workspace });
-        let ranks = forward(device, weights, settings, &mut self.caches, b, Tokens::One, together, logits, probe)?;
+        let ranks =
+            forward(device, weights, settings, &mut self.caches, b, Tokens::One, together, logits, probe)?;
         if kind == Kind::Choice {
             let chosen = self.chosen.as_buffer();
             let (logits, sampling) = (&self.logits, &self.sampling);
             let (workspace, steps) = (&mut self.sample_workspace, &mut b.steps);
-            ops::sample(device, logits, config.n_vocab, sampling, workspace, ranks, steps, chosen, MAX_AHEAD)?;
+            ops::sample(
+                device,
+                logits,
+                config.n_vocab,
+                sampling,
+                workspace,
+                ranks,
+                steps,
+                chosen,
+                MAX_AHEAD,
+            )?;
             probe.passed(Op::Choice, 0)?;
         }
         Ok(())

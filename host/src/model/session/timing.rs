@@ -26,6 +26,7 @@ impl Session<'_> {
     pub(crate) fn watch_step(&mut self, watch: &dyn Fn(Point) -> Result<()>) -> Result<()> {
         self.has_logits = false;
         self.has_chosen = false;
+        self.has_strays = true;
         self.issue(Kind::Choice, Probe::Watch(watch)).map_err(error)
     }
 
