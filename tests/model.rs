@@ -300,7 +300,7 @@ fn a_layer_on_device_buffers_matches_f64() {
                 // Leaves the angles of the position, and an embedding that is not wanted here.
                 let Buffers { steps, rotation, x: hidden, .. } = &mut buffers;
                 let (token_embd, rope) = (&model.weights().token_embd, &model.settings().rope);
-                ops::embed(device, token_embd, steps, 1, rope, hidden, rotation, None).unwrap();
+                ops::embed(device, token_embd, steps, 1, rope, hidden, rotation, None, false).unwrap();
                 device.upload(&mut buffers.x, x).unwrap();
                 let (norm, next_norm) = (&weights.attn_norm, &model.weights().output_norm);
                 let next = Next { operand: &mut buffers.x_operand, gamma: Some(norm) };

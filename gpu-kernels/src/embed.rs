@@ -29,6 +29,8 @@ pub const BLOCK_DIM: usize = 64;
 /// - `frequencies`: `[n_pairs]`, radians per position
 /// - `rotation`: `[n_tokens, n_pairs]`, cosine and sine, both times `magnitude`
 /// - `operand`: `out` of the only token as the next product reads it, with a sum of squares for each block; or nothing
+/// - `before_layers`: not 0 where the next kernel is [`layers`](crate::layers), which looks at the steps once it has waited; others look
+///   at them as soon as they start, so that those must be there
 ///
 /// # Thread mapping
 /// A row of the grid per token; in it one thread per unit of 32 columns, and one per pair; blocks of whole warps, rows that
@@ -46,10 +48,16 @@ pub unsafe fn embed(
     n_pairs: u32,
     magnitude: f32,
     operand: Operand,
+    before_layers: u32,
 ) {
     let scratch = shared_array!(EMBED_SUMS: [f32; 32]);
-    let_next_start();
+    if before_layers != 0 {
+        let_next_start();
+    }
     wait_for_previous();
+    if before_layers == 0 {
+        let_next_start();
+    }
     let (index, n_embd) = (index_1d() as usize, n_embd as usize);
     let number = block_idx_y() as usize;
     // SAFETY: the caller vouches for the steps; each thread writes its own pair.

@@ -136,7 +136,7 @@ fn embed_leaves_the_angles_of_the_position() {
             let buffer = device.alloc_from(&steps).unwrap();
             let mut out = device.alloc::<f32>(64).unwrap();
             let mut rotation = device.alloc::<[f32; 2]>(6).unwrap();
-            ops::embed(device, &matrix, &buffer, 2, &rope, &mut out, &mut rotation, None).unwrap();
+            ops::embed(device, &matrix, &buffer, 2, &rope, &mut out, &mut rotation, None, false).unwrap();
             let found: Vec<f32> = device.to_vec(&rotation).unwrap().into_iter().flatten().collect();
             let angles = steps.iter().flat_map(|step| {
                 frequencies.map(|frequency| (f64::from(step.position) * frequency).sin_cos())
@@ -182,7 +182,8 @@ fn operands_are_rounded_and_scaled() {
             let mut rotation = device.alloc::<[f32; 2]>(1).unwrap();
             let mut operand = Operand::alloc(device, n, false).unwrap();
             let next = Some(Next { operand: &mut operand, gamma: Some(&g) });
-            ops::embed(device, &matrix, &step, 1, &rope, &mut out.buffer, &mut rotation, next).unwrap();
+            ops::embed(device, &matrix, &step, 1, &rope, &mut out.buffer, &mut rotation, next, false)
+                .unwrap();
             assert_eq!(out.finish(device, &what), x, "{what}");
             check(&operand);
         }

@@ -99,7 +99,7 @@ pub fn dequantize(format: Format, bytes: &[u8]) -> Vec<f64> {
 fn embed(device: &Device, matrix: &Matrix, step: &Buffer<Step>, out: &mut Buffer<f32>) {
     let rope =
         Rope { frequencies: device.alloc(0).unwrap(), layout: RopeLayout::Interleaved, magnitude: 1.0 };
-    ops::embed(device, matrix, step, 1, &rope, out, &mut device.alloc(0).unwrap(), None).unwrap();
+    ops::embed(device, matrix, step, 1, &rope, out, &mut device.alloc(0).unwrap(), None, false).unwrap();
 }
 
 #[test]

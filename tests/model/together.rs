@@ -76,8 +76,18 @@ fn run(device: &Device, shape: &'static Shape, n_tokens: u32) {
         let token = position * 7 % shape.n_vocab as u32;
         let what = format!("{}, position {position} on {}", shape.what, device.describe());
         device.upload(&mut b.steps, &[Step { token, position }]).unwrap();
-        ops::embed(device, &weights.token_embd, &b.steps, 1, &settings.rope, &mut b.x, &mut b.rotation, None)
-            .unwrap();
+        ops::embed(
+            device,
+            &weights.token_embd,
+            &b.steps,
+            1,
+            &settings.rope,
+            &mut b.x,
+            &mut b.rotation,
+            None,
+            true,
+        )
+        .unwrap();
         let next = Next { operand: &mut b.x_operand, gamma: Some(&weights.output_norm) };
         ops::layers(device, &mut layers, &b.steps, &b.rotation, &mut b.x, next).unwrap();
 

@@ -211,7 +211,17 @@ pub(super) fn forward(
         }
         _ => None,
     };
-    ops::embed(device, token_embd, &b.steps, tokens.len(), rope, &mut b.x, &mut b.rotation, next)?;
+    ops::embed(
+        device,
+        token_embd,
+        &b.steps,
+        tokens.len(),
+        rope,
+        &mut b.x,
+        &mut b.rotation,
+        next,
+        together.is_some(),
+    )?;
     probe.after(Op::Embed, 0, device, &b.x)?;
 
     let are_together = together.is_some();

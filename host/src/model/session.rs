@@ -20,7 +20,9 @@ pub const MAX_AHEAD: usize = 16;
 const AHEAD: usize = 1;
 /// Steps that are replayed as one launch where tokens go through all layers in one: a launch's start is 1% of such a step.
 const STEPS_AT_ONCE: usize = 8;
-const _: () = assert!(AHEAD + STEPS_AT_ONCE <= MAX_AHEAD);
+/// Steps that the device is then ahead at least: the host may be kept from its work for longer than a step.
+const SEVERAL_AHEAD: usize = 4;
+const _: () = assert!(SEVERAL_AHEAD + STEPS_AT_ONCE <= MAX_AHEAD);
 
 /// What stands for a token that is still to be chosen.
 const PENDING: u32 = NO_TOKEN - 1;
@@ -405,14 +407,18 @@ impl<'m> Session<'m> {
     /// # Errors
     /// As [`advance`](Self::advance).
     pub fn run_ahead(&mut self, known: usize, end: usize) -> Result<()> {
-        while self.position < end.min(known + AHEAD) {
-            if self.position + STEPS_AT_ONCE <= end && self.has_several()? {
+        loop {
+            let takes_several = self.position + STEPS_AT_ONCE <= end && self.has_several()?;
+            let ahead = if takes_several { SEVERAL_AHEAD } else { AHEAD };
+            if self.position >= end.min(known + ahead) {
+                return Ok(());
+            }
+            if takes_several {
                 self.advance_several()?;
             } else {
                 self.advance()?;
             }
         }
-        Ok(())
     }
 
     /// Waits for the oldest outstanding token.

@@ -15,7 +15,8 @@ use gpu_kernels::{
 
 /// `out[i] = weights[steps[i].token]`, each of `weights.n_cols()` values, rows of several filled up to a multiple of four;
 /// into `rotation` cosine and sine of every rotated
-/// pair's angle at the step's position. For the first `n_tokens` steps; of one alone also what the next product reads.
+/// pair's angle at the step's position. For the first `n_tokens` steps; of one alone also what the next product reads. `before_layers`
+/// says that the next launch is [`layers`](super::layers), which may start sooner than others.
 ///
 /// The tokens are in device memory: whoever writes them keeps them below `weights.n_rows()`.
 ///
@@ -32,6 +33,7 @@ pub fn embed(
     out: &mut Buffer<f32>,
     rotation: &mut Buffer<[f32; 2]>,
     next: Option<Next>,
+    before_layers: bool,
 ) -> Result<()> {
     let pairs = rope.frequencies.len();
     ensure!((1..=65_535).contains(&n_tokens), "embed: {n_tokens} tokens, 1 to 65,535 are possible");
@@ -56,6 +58,7 @@ pub fn embed(
         dim(pairs)?,
         rope.magnitude,
         operand,
+        u32::from(before_layers),
     );
     // SAFETY: the matrix is whole by construction, the lengths are checked, and the tokens are below n_rows.
     unsafe { device.launch(&embed_kernel::EMBED, config, arguments) }

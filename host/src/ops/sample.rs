@@ -43,7 +43,8 @@ impl SampleWorkspace {
             "sample: logits are dealt out in 1 to {MAX_GROUPS} groups, found {most_groups}"
         );
         const { assert!(MAX_GROUPS.is_multiple_of(2)) };
-        Ok(Self { most_groups, largest: device.alloc(MAX_GROUPS)? })
+        // Ranks are read in pairs, of which the last one's second may be nobody's.
+        Ok(Self { most_groups, largest: device.alloc_zeroed(MAX_GROUPS)? })
     }
 
     /// Groups of `n_vocab` logits, as few as may be and as suit a warp.
