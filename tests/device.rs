@@ -106,3 +106,18 @@ fn cuda_without_a_gpu_says_what_is_missing() {
         assert!(fallback.starts_with("CPU") && fallback.contains(&error), "{fallback}");
     }
 }
+
+#[test]
+fn a_value_that_a_kernel_writes_is_waited_for_and_one_that_none_writes_is_not() {
+    for device in devices() {
+        let mut found = device.alloc_host::<u32>(3).unwrap();
+        (0..3).for_each(|i| found.set(i, 77));
+        let x = device.alloc_from(&[0.5f32, 2.5, 1.5]).unwrap();
+        ops::argmax(device, &x, &mut found.as_buffer().part(1..2)).unwrap();
+        assert_eq!(device.wait_for(&found, 1, 77).unwrap(), 1);
+        device.synchronize().unwrap();
+        let error = device.wait_for(&found, 2, 77).unwrap_err().to_string();
+        assert_eq!(error, "no kernel has written value 2 that was waited for");
+        assert_eq!([found.get(0), found.get(2)], [77, 77]);
+    }
+}

@@ -244,7 +244,7 @@ impl Device {
         index: usize,
         pending: T,
     ) -> Result<T> {
-        /// Looks at the value between two at the device: as many take some microseconds.
+        /// Looks at the value between two at the device: as many take some tens of microseconds.
         const LOOKS: usize = 1000;
         loop {
             // Whoever has ended by now has written before the looks that follow.
