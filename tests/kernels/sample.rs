@@ -508,6 +508,30 @@ fn choices_by_the_ranks_that_a_product_leaves_are_the_same() {
     }
 }
 
+/// Where a product has more blocks than there may be groups, nobody but the choice ranks them.
+#[test]
+fn a_product_of_too_many_blocks_leaves_no_ranks() {
+    // A block has at most 32 quads.
+    const N_VOCAB: usize = 128 * MAX_GROUPS + 1;
+    let mut random = Random::new(5);
+    let blocks = random_blocks(Format::Q8_0, N_VOCAB, 32, &mut random);
+    for device in devices() {
+        let matrix = Matrix::upload(device, Format::Q8_0, N_VOCAB, 32, &blocks).unwrap();
+        let x = device.alloc_from(&random.vector(32)).unwrap();
+        let gamma = device.alloc_from(&[1.0f32; 32]).unwrap();
+        let mut operand = Operand::alloc(device, 32, false).unwrap();
+        ops::make_operand(device, &x, Next { operand: &mut operand, gamma: Some(&gamma) }).unwrap();
+        let (norm, input) = (Norm { gamma: &gamma, eps: 1e-6 }, Input::Operand(&operand));
+        let mut chooser = Chooser::new(device, &vec![0.0; N_VOCAB], options(0.0, 0, 1.0));
+        let (logits, workspace) = (&mut chooser.logits, &mut chooser.workspaces[0]);
+        let ranks = ops::gemv_logits(device, &matrix, input, norm, false, logits, Some(workspace)).unwrap();
+        assert!(ranks.is_none());
+        let found = device.to_vec(&chooser.logits).unwrap();
+        let best = kept(&found[..N_VOCAB], options(0.0, 0, 1.0))[0].0;
+        assert_eq!(chooser.at(0), best, "{}", device.describe());
+    }
+}
+
 #[test]
 fn senseless_numbers_of_groups_are_refused() {
     for n in [0, MAX_GROUPS + 1] {

@@ -42,8 +42,7 @@ impl Band {
                 (part, matrix, shares) = (2, matrices[2 % N], schedule.shares[2]);
             }
         }
-        let first_strip = block * shares.strips + block.min(shares.blocks_with_more);
-        let n_strips = shares.strips + u32::from(block < shares.blocks_with_more);
+        let (first_strip, n_strips) = (shares.first(block), shares.of(block));
         let first_quad = first_strip * matrix.strip_quads;
         let n_quads = (n_strips * matrix.strip_quads).min(matrix.n_quads - first_quad);
         (matrix, Self { part, first_strip, n_strips, first_quad, n_quads })

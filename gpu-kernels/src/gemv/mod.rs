@@ -96,6 +96,20 @@ pub struct Shares {
     pub blocks_with_more: u32,
 }
 
+impl Shares {
+    /// The first strip of block `block`.
+    #[inline(always)]
+    pub fn first(&self, block: u32) -> u32 {
+        block * self.strips + block.min(self.blocks_with_more)
+    }
+
+    /// How many strips block `block` has.
+    #[inline(always)]
+    pub fn of(&self, block: u32) -> u32 {
+        self.strips + u32::from(block < self.blocks_with_more)
+    }
+}
+
 /// How the work is dealt out, chosen by the launcher.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

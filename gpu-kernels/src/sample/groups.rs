@@ -2,6 +2,7 @@
 
 use super::likelihood::Best;
 use super::{BLOCK_DIM, WARPS};
+use crate::gemv::Shares;
 use cuda_std::memory::{ld_global_u32, ld_global_u32x4};
 use cuda_std::shared::Shared;
 use cuda_std::thread::thread_idx_x;
@@ -18,20 +19,16 @@ pub const MAX_GROUPS: usize = 8 * BLOCK_DIM;
 /// How often a warp asks for a quad for each lane before it needs the first ones, in a pass.
 const AHEAD: u32 = 6;
 
-/// How the logits are dealt out in groups that follow each other, of quads of four logits, and the largest rank of each.
+/// How the logits are dealt out in groups that follow each other, and the largest rank of each.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Groups {
-    /// The largest rank of each: `[n]`, with room for an even number of them, at a multiple of 16 bytes.
+    /// The largest rank of each: `[shares.blocks]`, with room for an even number of them, at a multiple of 16 bytes.
     pub largest: *mut u64,
-    /// How many there are, at most [`MAX_GROUPS`].
-    pub n: u32,
-    /// Quads of a group.
-    pub quads: u32,
-    /// How many groups, the first ones, have `more` quads more.
-    pub n_with_more: u32,
+    /// The groups are blocks, at most [`MAX_GROUPS`], and have strips of `strip_quads` quads of four logits.
+    pub shares: Shares,
     /// See there.
-    pub more: u32,
+    pub strip_quads: u32,
     /// A warp goes through a group `1 << shift` times, a quad for each lane.
     pub shift: u32,
 }
@@ -41,14 +38,19 @@ pub struct Groups {
 unsafe impl cuda_std::launch::KernelArg for Groups {}
 
 impl Groups {
+    /// How many there are.
+    #[inline(always)]
+    pub(super) fn len(self) -> u32 {
+        self.shares.blocks
+    }
+
     /// The first token of quad `lane` of those that a warp takes at once, the `turn`th time of a group; beyond all vocabularies where
     /// the group has no such quad.
     #[inline(always)]
     fn token(self, group: u32, turn: u32, lane: u32) -> u32 {
         let quad = turn * WARP_SIZE + lane;
-        let n_quads = self.quads + if group < self.n_with_more { self.more } else { 0 };
-        let first = group * self.quads + group.min(self.n_with_more) * self.more;
-        if quad < n_quads { 4 * (first + quad) } else { BEYOND }
+        let first = self.shares.first(group) * self.strip_quads;
+        if quad < self.shares.of(group) * self.strip_quads { 4 * (first + quad) } else { BEYOND }
     }
 }
 

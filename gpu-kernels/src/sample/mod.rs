@@ -89,7 +89,7 @@ pub unsafe fn rank_groups(logits: *const f32, n_vocab: u32, groups: Groups) {
     let_next_start();
     let group = block_idx_x() * WARPS as u32 + warp_uniform(warp_id());
     wait_for_previous();
-    if group >= groups.n {
+    if group >= groups.len() {
         return;
     }
     let largest = Vocabulary { logits, n: n_vocab, groups }.largest_of(group);
@@ -166,7 +166,7 @@ pub unsafe fn sample(
     let vocabulary = Vocabulary { logits, n: n_vocab, groups };
     let group_of = |pair: u32| 2 * (thread + pair * BLOCK_DIM as u32);
     let fetch = |pair: u32| {
-        let group = if group_of(pair) < groups.n { group_of(pair) } else { 0 };
+        let group = if group_of(pair) < groups.len() { group_of(pair) } else { 0 };
         // SAFETY: there is room for an even number of ranks.
         unsafe { ld_global_u32x4(groups.largest.add(group as usize).cast()) }
     };
@@ -176,7 +176,7 @@ pub unsafe fn sample(
         unsafe { (*parameters, (*step).position) };
     let pair = |pair: u32, [a, b, c, d]: [u32; 4]| {
         let rank = |i: u32, low: u32, high: u32| {
-            if group_of(pair) + i < groups.n { u64::from(high) << 32 | u64::from(low) } else { 0 }
+            if group_of(pair) + i < groups.len() { u64::from(high) << 32 | u64::from(low) } else { 0 }
         };
         (rank(0, a, b), rank(1, c, d))
     };
@@ -219,7 +219,7 @@ pub unsafe fn sample(
         // Which groups have tokens that come into question.
         each_group(pairs, |_, largest| distances.count(top - logit_of(largest)));
         sync_threads();
-        let few_groups = if groups.n / 2 < FEW { groups.n / 2 } else { FEW };
+        let few_groups = if groups.len() / 2 < FEW { groups.len() / 2 } else { FEW };
         let limit = distances.limit(if top_k > 0 { top_k } else { few_groups });
         each_group(pairs, |group, largest| {
             if top - logit_of(largest) < limit {

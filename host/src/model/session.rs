@@ -35,7 +35,7 @@ pub struct Session<'m> {
     model: &'m Model,
     /// The launches of each kind of step, for each way ([`Session::way`]). Declared, and so dropped, before the buffers they use.
     steps: [[RecordedStep; 3]; WAYS],
-    /// [`STEPS_AT_ONCE`] steps through all layers in one launch, each with the choice of the next token.
+    /// As many steps as are taken at once (`ahead.rs`) through all layers in one launch, each with the choice of the next token.
     several: Option<Recording>,
     /// All layers in one launch, where the model and the device allow for it.
     together: Option<Layers>,

@@ -3,8 +3,9 @@
 use super::{aligned, at_least, dim, launch_1d};
 use crate::device::{Buffer, Device};
 use anyhow::{Result, ensure};
+use cuda_std::warp::WARP_SIZE;
 use gpu_kernels::formats::tile::TILE_ROWS;
-use gpu_kernels::gemv::Shares;
+use gpu_kernels::gemv::{MAX_QUADS, Shares};
 use gpu_kernels::sample::{self as sample_kernel, CHUNK, Groups, MAX_GROUPS, SamplingParameters, WARPS};
 use gpu_kernels::step::Step;
 
@@ -53,24 +54,19 @@ impl SampleWorkspace {
         while n_vocab.div_ceil(CHUNK << shift) > self.most_groups {
             shift += 1;
         }
-        let quads = ((CHUNK / TILE_ROWS) << shift) as u32;
-        let n = n_vocab.div_ceil(CHUNK << shift) as u32;
-        Groups { largest: self.largest.as_mut_ptr(), n, quads, n_with_more: 0, more: 0, shift }
+        let shares = Shares {
+            blocks: n_vocab.div_ceil(CHUNK << shift) as u32,
+            strips: ((CHUNK / TILE_ROWS) << shift) as u32,
+            blocks_with_more: 0,
+        };
+        Groups { largest: self.largest.as_mut_ptr(), shares, strip_quads: 1, shift }
     }
 
     /// The bands of a product's blocks, whose strips have so many quads, as groups; `None` where they are too many.
     pub(super) fn bands(&mut self, shares: Shares, strip_quads: u32) -> Option<Groups> {
-        let Shares { blocks, strips, blocks_with_more } = shares;
-        let largest = self.largest.as_mut_ptr();
-        let groups = Groups {
-            largest,
-            n: blocks,
-            quads: strips * strip_quads,
-            n_with_more: blocks_with_more,
-            more: strip_quads,
-            shift: 0,
-        };
-        (blocks as usize <= MAX_GROUPS).then_some(groups)
+        const { assert!(MAX_QUADS <= WARP_SIZE) };
+        let groups = Groups { largest: self.largest.as_mut_ptr(), shares, strip_quads, shift: 0 };
+        (shares.blocks as usize <= MAX_GROUPS).then_some(groups)
     }
 }
 
@@ -89,7 +85,7 @@ fn rank_groups(
     workspace: &mut SampleWorkspace,
 ) -> Result<Ranks> {
     let groups = workspace.deal(n_vocab);
-    let config = launch_1d((groups.n as usize).div_ceil(WARPS), sample_kernel::BLOCK_DIM)?;
+    let config = launch_1d((groups.shares.blocks as usize).div_ceil(WARPS), sample_kernel::BLOCK_DIM)?;
     // SAFETY: the caller has checked the logits, and the workspace has room for the groups of any vocabulary.
     unsafe { device.launch(&sample_kernel::RANK_GROUPS, config, (logits.as_ptr(), dim(n_vocab)?, groups))? };
     Ok(Ranks(groups))
